@@ -1,0 +1,37 @@
+"""Refusal directions of chat models, in pure JAX (Arditi et al. 2024).
+
+    import jax_refusal as jr
+    model, chat = jr.load_model(source), jr.load_chat(source)
+    harmful = jr.mean_activations(model, chat, harmful_instructions)
+    harmless = jr.mean_activations(model, chat, harmless_instructions)
+    chosen = jr.select(model, chat, jr.difference(harmful, harmless), harmful_val, harmless_val, ids)
+    edit = jr.ablate(chosen.direction, model.arch.layers)
+    jr.generate(model, chat, instructions, edit)
+"""
+
+from jax_refusal.api import generate, logits, mean_activations, select
+from jax_refusal.data.chat import load_chat
+from jax_refusal.interventions import Intervention, Transform, ablate, add, identity, repeat, rows
+from jax_refusal.models.loading import load_model
+from jax_refusal.sharding import make_mesh
+from jax_refusal.sources import SMOLLM2
+from jax_refusal.study.directions import difference
+
+__all__ = [
+    "SMOLLM2",
+    "Intervention",
+    "Transform",
+    "ablate",
+    "add",
+    "difference",
+    "generate",
+    "identity",
+    "load_chat",
+    "load_model",
+    "logits",
+    "make_mesh",
+    "mean_activations",
+    "repeat",
+    "rows",
+    "select",
+]

@@ -1,0 +1,112 @@
+"""The library for a notebook: the stages as functions of a model and a chat, without configs.
+
+Letters: B batch row, T token, V vocabulary, P post-instruction tokens, L layers, D residual width.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jax_refusal import interventions as iv
+from jax_refusal.data.chat import Chat
+from jax_refusal.interventions import Edit, Intervention
+from jax_refusal.models.cache import Tokens
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime import collect
+from jax_refusal.runtime import generate as generation
+from jax_refusal.runtime.batching import Prompts
+from jax_refusal.study import selection, sweep
+
+
+@jax.jit
+def _logits(model: Transformer, tokens: Tokens, edit: Edit) -> jax.Array:
+    return model.unembed(model(tokens, edit).x)
+
+
+def logits(
+    model: Transformer,
+    tokens: jax.Array | np.ndarray,  # [B, T] token ids
+    mask: jax.Array | np.ndarray | None = None,  # [B, T] true at real tokens; padding on any side
+    edit: Edit | None = None,
+) -> jax.Array:  # [B, T, V] float32
+    """Next-token logits at every position; those at padding mean nothing."""
+    with jax.set_mesh(collect.mesh_of(model)):
+        ids = jax.numpy.asarray(tokens, jax.numpy.int32)
+        return _logits(model, Tokens.padded(ids, mask), _or_identity(edit, model))
+
+
+def mean_activations(
+    model: Transformer,
+    chat: Chat,
+    instructions: Sequence[str],
+    *,
+    edit: Intervention | None = None,  # one row
+    batch_tokens: int = 4096,
+) -> np.ndarray:  # [P, L, D] float64
+    """Mean residual stream entering each block, at each post-instruction token (paper eq. 1)."""
+    prompts = Prompts.encoded(chat, instructions)
+    means, _ = collect.mean_activations(
+        model, prompts, _or_identity(edit, model), batch_tokens=batch_tokens
+    )
+    return means
+
+
+def select(
+    model: Transformer,
+    chat: Chat,
+    directions: np.ndarray,  # [P, L, D] from `difference`
+    harmful: Sequence[str],  # validation instructions
+    harmless: Sequence[str],
+    refusal_ids: Sequence[int],  # first tokens of a refusal
+    *,
+    kl_threshold: float = 0.1,
+    induce_threshold: float = 0.0,
+    prune_layers: float = 0.2,
+    full_grid: bool = False,
+    fallback: str = "error",
+    batch_tokens: int = 4096,
+) -> selection.Selection:
+    """The paper's choice among all candidates: `.position .layer .direction .table`.
+
+    Raises SelectionError where none passes and fallback is not "least_bad".
+    """
+    scorer = sweep.Sweep(
+        model,
+        directions,
+        Prompts.encoded(chat, harmful),
+        Prompts.encoded(chat, harmless),
+        refusal_ids,
+        batch_tokens=batch_tokens,
+    )
+    rule = selection.Rule(model.arch.layers, kl_threshold, induce_threshold, prune_layers)
+    return selection.select(directions, scorer, rule, full_grid=full_grid, fallback=fallback)
+
+
+def generate(
+    model: Transformer,
+    chat: Chat,
+    instructions: Sequence[str],
+    edit: Intervention | None = None,  # one row, or one for every instruction
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[str]:
+    """A reply to each instruction; greedy unless temperature > 0."""
+    replies = generation.generate(
+        model,
+        Prompts.encoded(chat, instructions),
+        iv.identity(model.arch.layers, model.arch.width) if edit is None else edit,
+        stop_ids=chat.stop_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return [chat.decode(ids) for ids in replies]
+
+
+def _or_identity(edit: Edit | None, model: Transformer) -> Edit:
+    return iv.identity(model.arch.layers, model.arch.width) if edit is None else edit

@@ -1,0 +1,177 @@
+"""The whole configuration of a run, as typed dataclasses; a file in configs/ returns one."""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+# Says how to compute, not what: may differ between the runs that share a workdir.
+HOW = {"identity": False}
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    source: str = ""  # hub id, directory, .gguf file, or package:DIST/FILE.gguf
+    adapter: str = ""  # PEFT LoRA directory merged into the weights; empty is none
+    dtype: str = "float32"  # float32 or bfloat16
+    system: str | None = None  # text of the system turn; None leaves it to the template
+    ignore_config_fields: tuple[str, ...] = ()  # config.json fields you vouch for
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    data: int = dataclasses.field(default=1, metadata=HOW)  # devices that share out rows; -1 is all
+    model: int = dataclasses.field(default=1, metadata=HOW)  # devices that share out weights
+
+
+@dataclasses.dataclass
+class DataConfig:
+    source: str = "builtin"  # builtin or paper
+    harmful: str = ""  # own FILE.json, a list of {"instruction": ...}; overrides source
+    harmless: str = ""
+    n_train: int = 128  # instructions of each kind
+    n_val: int = 32
+    n_test: int = 100
+    seed: int | None = 42  # None takes the files in order
+    filter: bool = True  # keep harmful with refusal score > 0 and harmless with < 0
+    paper_dir: str = ""  # a local copy of the published sets; empty fetches them
+    paper_test: str = "jailbreakbench"  # which published set the harmful test prompts are from
+
+
+@dataclasses.dataclass
+class RefusalConfig:
+    token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty discovers them
+    discovery_tokens: int = 32  # length of the replies that discovery reads
+
+
+@dataclasses.dataclass
+class SelectionConfig:
+    kl_threshold: float = 0.1  # nats
+    induce_threshold: float = 0.0  # nats (log odds)
+    prune_layers: float = 0.2  # share of the layers, from the top, that is not considered
+    fallback: str = "error"  # error, or least_bad when no candidate passes
+    full_grid: bool = False  # score every candidate on every criterion
+
+
+@dataclasses.dataclass
+class GenerateConfig:
+    max_new_tokens: int = 512
+    batch_size: int = dataclasses.field(default=32, metadata=HOW)
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class ComputeConfig:
+    row_tokens: int = dataclasses.field(default=256, metadata=HOW)  # length of a packed row
+    batch_tokens: int = dataclasses.field(default=4096, metadata=HOW)  # tokens in one forward pass
+
+
+@dataclasses.dataclass
+class RunConfig:
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    refusal: RefusalConfig = dataclasses.field(default_factory=RefusalConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+
+class ConfigError(ValueError):
+    """A field that does not exist or a value that is not allowed."""
+
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "data.source": ("builtin", "paper"),
+    "data.paper_test": ("jailbreakbench", "harmbench_test", "strongreject"),
+    "selection.fallback": ("error", "least_bad"),
+}
+AT_LEAST = {
+    "data.n_train": 1,
+    "data.n_val": 1,
+    "data.n_test": 1,
+    "refusal.discovery_tokens": 1,
+    "generate.max_new_tokens": 1,
+    "generate.batch_size": 1,
+    "generate.temperature": 0,
+    "compute.row_tokens": 16,
+    "compute.batch_tokens": 16,
+    "mesh.model": 1,
+    "mesh.data": -1,
+}
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted field name -> value."""
+    flat = {}
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{section.name}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[section.name] = value
+    return flat
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields that say what is computed: two runs that agree in them have the same results."""
+    keep = {}
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value):
+            keep |= {f"{section.name}.{k}": v for k, v in identity(value).items()}
+        elif section.metadata.get("identity", True):
+            keep[section.name] = list(value) if isinstance(value, tuple) else value
+    return keep
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Raises ConfigError with every value that is not allowed; returns the config."""
+    flat = flatten(config)
+    problems = [
+        f"{name}={flat[name]!r} (allowed: {', '.join(allowed)})"
+        for name, allowed in CHOICES.items()
+        if flat[name] not in allowed
+    ]
+    problems += [
+        f"{name}={flat[name]!r} (at least {least})"
+        for name, least in AT_LEAST.items()
+        if flat[name] < least
+    ]
+    if not config.model.source:
+        problems.append("model.source is empty (a hub id, directory or .gguf file)")
+    if not 0 <= config.selection.prune_layers < 1:
+        problems.append(f"selection.prune_layers={config.selection.prune_layers} (0 <= x < 1)")
+    if bool(config.data.harmful) != bool(config.data.harmless):
+        problems.append("data.harmful and data.harmless go together: both or neither")
+    if problems:
+        raise ConfigError("The config cannot be run: " + "; ".join(problems) + ".")
+    return config
+
+
+def check_overrides(arguments: list[str], config_class: type = RunConfig) -> None:
+    """Refuses `--config.a.b=c` whose field does not exist, naming the nearest ones that do."""
+    known = set(flatten(config_class()))
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            continue
+        name = argument.removeprefix("--config.").partition("=")[0]
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
+            raise ConfigError(
+                f"--config.{name}: there is no such field. Did you mean {', '.join(near)}? "
+                f"The fields are in {config_class.__module__.replace('.', '/')}.py."
+            )
+
+
+def parse_optional(config: Any) -> Any:
+    """Turns the text "None" that a flag gives to an optional field into None, in place."""
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value):
+            parse_optional(value)
+        elif value == "None" and type(None) in typing.get_args(section.type):
+            setattr(config, section.name, None)
+    return config

@@ -1,0 +1,155 @@
+"""Chat templates: instructions to token ids, and where the instruction ends.
+
+Letters: P post-instruction tokens, the ones that the template puts after every instruction; the
+paper reads the residual stream there (Arditi et al. 2024, section 2.3).
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from jax_refusal.sources import Source, SourceError, locate, read_json
+
+# Their endings differ in every way that could merge with the template's first tokens.
+PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
+
+
+class ChatError(ValueError):
+    """A template or an instruction that cannot be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A tokenizer with its chat template, for one user turn.
+
+    stop_ids: tokens that end a reply. context: longest prompt in tokens, 0 when not known.
+    system: text of a system turn; None leaves that to the template.
+    """
+
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    context: int = 0
+    system: str | None = None
+
+    def render(self, instruction: str) -> str:
+        """The prompt as text, up to where the reply starts."""
+        turns = [{"role": "user", "content": instruction}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program of the checkpoint: it raises anything
+            raise ChatError(f"The chat template failed on {instruction!r}: {error}.") from error
+
+    def encode(self, instructions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt; ChatError for an empty, non-text or too long instruction."""
+        if isinstance(instructions, str):
+            raise ChatError("A list of instructions is needed and one string was given.")
+        for i, instruction in enumerate(instructions):
+            if not isinstance(instruction, str) or not instruction.strip():
+                raise ChatError(
+                    f"Instruction {i} is {instruction!r}: a text that is not empty is needed."
+                )
+        if not instructions:
+            raise ChatError("No instructions were given.")
+        texts = [self.render(instruction) for instruction in instructions]
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for i, prompt in enumerate(prompts):
+            if self.context and len(prompt) > self.context:
+                raise ChatError(
+                    f"Instruction {i} ({instructions[i][:40]!r}...) makes a prompt of {len(prompt)} "
+                    f"tokens; the model's context is {self.context}."
+                )
+        return prompts
+
+    @cached_property
+    def post_instruction(self) -> tuple[int, ...]:
+        """The [P] token ids that follow every instruction, found by comparing prompts."""
+        text = self.render("INSTRUCTION").rsplit("INSTRUCTION", 1)[-1]
+        prompts = self.encode(PROBES)
+        count = common_prefix([prompt[::-1] for prompt in prompts])
+        while count and not text.endswith(self._text(prompts[0][-count:])):
+            count -= 1
+        if not count:
+            raise ChatError(
+                f"The chat template puts no token of its own after the instruction ({text!r}), so "
+                "there is no position to read. Use a template with an end-of-instruction marker."
+            )
+        return tuple(prompts[0][-count:])
+
+    @property
+    def position_labels(self) -> list[str]:
+        """The text of each post-instruction token, for tables and plots; escaped, [P]."""
+        return [
+            json.dumps(self._text([i]), ensure_ascii=False)[1:-1] for i in self.post_instruction
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def template_hash(self) -> str:
+        text = f"{self.tokenizer.chat_template}\n{self.system}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def load_chat(source: str | Source, system: str | None = None) -> Chat:
+    """Tokenizer and chat template of a model source (the same strings as `load_model`)."""
+    found = locate(source) if isinstance(source, str) else source
+    if found.gguf is not None:
+        from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
+
+        tokenizer, config, generation = tokenizer_from_gguf(found.gguf), {}, {}
+    else:
+        tokenizer = _from_directory(found)
+        config = found.config()
+        assert found.directory is not None
+        path = found.directory / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+    if not tokenizer.chat_template:
+        raise ChatError(
+            f"{found.name} has no chat template, so it is not a chat model. Use its instruct or chat "
+            "variant, or add a chat_template to its tokenizer_config.json."
+        )
+    stops = {tokenizer.eos_token_id}
+    for stated in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        stops |= set(stated) if isinstance(stated, list) else {stated}
+    context = config.get("max_position_embeddings", 0)
+    chat = Chat(tokenizer, tuple(sorted(stops - {None})), context, system)
+    # Where a template closes a turn with a special token, a reply ends there too, stated or not.
+    turn_end = chat.post_instruction[0]
+    if turn_end in tokenizer.all_special_ids:
+        chat = dataclasses.replace(chat, stop_ids=tuple(sorted({*chat.stop_ids, turn_end})))
+    return chat
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all sequences share."""
+    count = 0
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _from_directory(source: Source) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{source.name} has no usable tokenizer: {error}") from error

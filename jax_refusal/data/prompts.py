@@ -1,0 +1,208 @@
+"""Instruction sets: ours, the published ones, or a user's own; splits and the paper's sampling."""
+
+import dataclasses
+import json
+import os
+import random
+import urllib.error
+import urllib.request
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jax_refusal.config import DataConfig
+
+SPLITS = ("train", "val", "test")
+KINDS = ("harmful", "harmless")
+
+# The published splits have one home: the authors' repository. Their harmful training split was drawn
+# without a seed, so it cannot be drawn again from AdvBench, MaliciousInstruct and TDC2023.
+PUBLISHED = (
+    "https://raw.githubusercontent.com/andyrdt/refusal_direction/"
+    "0b9c8bc56a73b42f595fd173156d4aefe9a9143c/dataset"
+)
+FOLDERS = ("splits", "processed", "")
+
+
+class PromptError(ValueError):
+    """An instruction set that is missing, too small or malformed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    text: str
+    category: str = ""
+
+
+Split = dict[str, list[Instruction]]  # "train", "val", "test"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Both kinds of instruction, each in three splits that share no text."""
+
+    harmful: Split
+    harmless: Split
+
+    def texts(self, kind: str, split: str) -> list[str]:
+        return [instruction.text for instruction in getattr(self, kind)[split]]
+
+
+def load_prompts(config: DataConfig) -> Prompts:
+    """The instruction sets of a run, sampled as the config says.
+
+    With a seed, the draws follow the paper's order from one random stream: harmful train, harmless
+    train, harmful val, harmless val, harmless test (PAPER 2.1); without, files are taken in order.
+    Raises PromptError.
+    """
+    if config.harmful:
+        pools = {
+            kind: _cut(read_instructions(Path(getattr(config, kind))), config, kind)
+            for kind in KINDS
+        }
+        prompts = Prompts(**pools)
+    elif config.source == "paper":
+        prompts = _draw({kind: _published(config, kind) for kind in KINDS}, config)
+    else:
+        prompts = _draw({kind: builtin(kind) for kind in KINDS}, config)
+    _check_disjoint(prompts)
+    return prompts
+
+
+def builtin(kind: str) -> Split:
+    """The set written for this project: 128 topic pairs, so that the difference is intent."""
+    pairs = json.loads(
+        resources.files("jax_refusal.data").joinpath("builtin_prompts.json").read_text()
+    )
+    return {
+        split: [Instruction(p[kind], p["category"]) for p in pairs if p["split"] == split]
+        for split in SPLITS
+    }
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """A JSON list of {"instruction": ..., "category": ...}; category is optional."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise PromptError(f"{path} is not valid JSON: {error}.") from None
+    return _parse(rows, str(path))
+
+
+def _parse(rows: Any, name: str) -> list[Instruction]:
+    if not isinstance(rows, list) or not rows:
+        raise PromptError(f'{name} must be a list of {{"instruction": ...}} that is not empty.')
+    instructions = []
+    for i, row in enumerate(rows):
+        text = row.get("instruction") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(
+                f'{name}, item {i}: {str(row)[:60]!r} has no "instruction" that is a text and not '
+                "empty."
+            )
+        instructions.append(Instruction(text, row.get("category") or ""))
+    return instructions
+
+
+def _published(config: DataConfig, kind: str) -> Split:
+    pool = {split: _published_file(config, f"{kind}_{split}") for split in SPLITS}
+    if kind == "harmful":  # the paper tests on benchmark sets, not on the split
+        pool["test"] = _published_file(config, config.paper_test)
+    return pool
+
+
+def _published_file(config: DataConfig, name: str) -> list[Instruction]:
+    """A published set: from data.paper_dir, from the user's cache, or from its home, then cached."""
+    if config.paper_dir:
+        for folder in FOLDERS:
+            path = Path(config.paper_dir) / folder / f"{name}.json"
+            if path.is_file():
+                return read_instructions(path)
+        raise PromptError(
+            f"data.paper_dir={config.paper_dir!r} has no {name}.json, neither in itself nor in "
+            "splits/ or processed/."
+        )
+    folder = "processed" if name == config.paper_test else "splits"
+    cached = cache_directory() / "published" / Path(PUBLISHED).parent.name / f"{name}.json"
+    if not cached.is_file():
+        address = f"{PUBLISHED}/{folder}/{name}.json"
+        try:
+            with urllib.request.urlopen(address, timeout=60) as response:
+                content = response.read()
+        except (urllib.error.URLError, TimeoutError) as error:
+            raise PromptError(
+                f"The published set {name} could not be fetched from {address} ({error}). Connect, "
+                'or point data.paper_dir at a copy of it, or use data.source="builtin".'
+            ) from None
+        _parse(json.loads(content), address)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_bytes(content)
+        unfinished.rename(cached)
+    return read_instructions(cached)
+
+
+def cache_directory() -> Path:
+    """Where fetched data and compiled programs are kept between runs."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jax_refusal"
+
+
+def _draw(pools: dict[str, Split], config: DataConfig) -> Prompts:
+    """The paper's draws, in the paper's order, from one stream."""
+    stream = random.Random(config.seed)
+    drawn: dict[str, Split] = {kind: {} for kind in KINDS}
+    for split in ("train", "val"):
+        for kind in KINDS:
+            drawn[kind][split] = _sample(pools, kind, split, config, stream)
+    # A harmful test set that is wanted whole takes nothing from the stream (the paper: all of
+    # JailbreakBench); a part of one is drawn aside, so that the harmless draw stays the same.
+    aside = random.Random(config.seed)
+    whole = len(pools["harmful"]["test"]) == config.n_test
+    drawn["harmful"]["test"] = (
+        pools["harmful"]["test"] if whole else _sample(pools, "harmful", "test", config, aside)
+    )
+    drawn["harmless"]["test"] = _sample(pools, "harmless", "test", config, stream)
+    return Prompts(**drawn)
+
+
+def _sample(
+    pools: dict[str, Split], kind: str, split: str, config: DataConfig, stream: random.Random
+) -> list[Instruction]:
+    pool, count = pools[kind][split], getattr(config, f"n_{split}")
+    if count > len(pool):
+        raise PromptError(
+            f"data.n_{split}={count}, and the {kind} {split} set ({config.source}) has {len(pool)}."
+        )
+    return pool[:count] if config.seed is None else stream.sample(pool, count)
+
+
+def _cut(pool: list[Instruction], config: DataConfig, kind: str) -> Split:
+    """A user's file: the first n_train, the next n_val, the next n_test, shuffled if seeded."""
+    counts = [config.n_train, config.n_val, config.n_test]
+    if sum(counts) > len(pool):
+        raise PromptError(
+            f"data.{kind} has {len(pool)} instructions; data.n_train + n_val + n_test = {counts} "
+            f"needs {sum(counts)}."
+        )
+    if config.seed is not None:
+        pool = random.Random(config.seed).sample(pool, len(pool))
+    ends = [sum(counts[: i + 1]) for i in range(3)]
+    return {
+        split: pool[end - count : end]
+        for split, count, end in zip(SPLITS, counts, ends, strict=True)
+    }
+
+
+def _check_disjoint(prompts: Prompts) -> None:
+    """No prompt is trained on and tested on, and none is both harmful and harmless."""
+    seen: dict[str, str] = {}
+    for kind in KINDS:
+        for split in SPLITS:
+            for text in set(prompts.texts(kind, split)):
+                place = f"{kind} {split}"
+                if text in seen:
+                    raise PromptError(f"{text[:60]!r} is in both {seen[text]} and {place}.")
+                seen[text] = place

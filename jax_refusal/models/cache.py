@@ -1,0 +1,102 @@
+"""Key/value memory of a decoder, and the batch that is run against it.
+
+Letters: B batch row, T token, C context slot, L layers, G key/value heads, K head width, N prefix
+tokens. Segments say which tokens may see each other: 0 is padding, SHARED is seen by every segment
+of its row, any other number is one prompt. A token sees the slots of its own segment (and the shared
+ones) whose position is not after its own; where in the row a token lies says nothing.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jax_refusal.models.families import Architecture
+from jax_refusal.sharding import constrain
+
+PADDING, SHARED = 0, -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Rows of tokens; one row may hold one prompt or several packed ones."""
+
+    ids: jax.Array  # [B, T] int32
+    positions: jax.Array  # [B, T] int32, position of the token in its own prompt
+    segments: jax.Array  # [B, T] int32
+
+    @classmethod
+    def padded(cls, ids: jax.Array, mask: jax.Array | None = None) -> "Tokens":
+        """One prompt a row, padded anywhere; mask [B, T] is true at real tokens."""
+        mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
+        positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+        return cls(ids=ids, positions=positions, segments=mask.astype(jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Keys and values of the tokens seen so far, with room for more."""
+
+    k: jax.Array  # [L, B, C, G, K]
+    v: jax.Array  # [L, B, C, G, K]
+    positions: jax.Array  # [B, C]
+    segments: jax.Array  # [B, C], PADDING where nothing is stored
+    length: jax.Array  # int32 scalar: the slot that the next token goes to
+
+    def repeat(self, times: int) -> "Cache":
+        """Every row `times` times in succession."""
+        return dataclasses.replace(
+            self,
+            k=jnp.repeat(self.k, times, 1),
+            v=jnp.repeat(self.v, times, 1),
+            positions=jnp.repeat(self.positions, times, 0),
+            segments=jnp.repeat(self.segments, times, 0),
+        )
+
+    def grow(self, slots: int) -> "Cache":
+        """Room for `slots` more tokens."""
+        room = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
+        return dataclasses.replace(
+            self,
+            k=jnp.pad(self.k, room),
+            v=jnp.pad(self.v, room),
+            positions=jnp.pad(self.positions, [(0, 0), (0, slots)]),
+            segments=jnp.pad(self.segments, [(0, 0), (0, slots)]),
+        )
+
+    def note(self, tokens: Tokens) -> "Cache":
+        """Records whose keys and values are about to be written at `length`."""
+        at = (0, self.length)
+        update = jax.lax.dynamic_update_slice
+        return dataclasses.replace(
+            self,
+            positions=update(self.positions, tokens.positions, at),
+            segments=update(self.segments, tokens.segments, at),
+            length=self.length + tokens.ids.shape[1],
+        )
+
+
+def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+    shape = (arch.layers, rows, slots, arch.kv_heads, arch.head_width)
+    axes = ("layers", "batch", None, "kv_heads", "head_width")
+    return Cache(
+        k=constrain(jnp.zeros(shape, dtype), *axes),
+        v=constrain(jnp.zeros(shape, dtype), *axes),
+        positions=jnp.zeros((rows, slots), jnp.int32),
+        segments=jnp.full((rows, slots), PADDING, jnp.int32),
+        length=jnp.int32(0),
+    )
+
+
+def visible(
+    tokens: Tokens,
+    positions: jax.Array,  # [B, C]
+    segments: jax.Array,  # [B, C]
+) -> tuple[jax.Array, jax.Array]:  # allowed [B, T, C] bool, distance [B, T, C] tokens
+    """Which context slots each token may attend to, and how far back they lie."""
+    distance = tokens.positions[:, :, None] - positions[:, None, :]
+    same = tokens.segments[:, :, None] == segments[:, None, :]
+    allowed = (same | (segments == SHARED)[:, None, :]) & (segments != PADDING)[:, None, :]
+    return allowed & (distance >= 0), distance

@@ -1,0 +1,47 @@
+"""From a model source to a model on a mesh."""
+
+from jax.sharding import Mesh
+
+from jax_refusal import sharding
+from jax_refusal.models import convert, gguf_file
+from jax_refusal.models.families import Architecture, architecture
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.sources import Source, locate
+
+
+def load_model(
+    source: str | Source,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    adapter: str | None = None,
+    *,
+    ignore_config_fields: tuple[str, ...] = (),
+) -> Transformer:
+    """A chat model from a hub id, a Hugging Face directory, a GGUF file, or an installed package.
+
+    dtype: "float32" or "bfloat16", of weights and activations.
+    mesh: from `sharding.make_mesh`; one device without.
+    adapter: directory of a PEFT LoRA adapter to merge into the weights.
+    Raises SourceError, UnsupportedModel or ConversionError: each says what was wrong and what to do.
+    """
+    found = locate(source) if isinstance(source, str) else source
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    arch, tensors = read_checkpoint(found, ignore_config_fields)
+    model = convert.load(arch, tensors, mesh, convert.numpy_dtype(dtype))
+    if adapter:
+        from jax_refusal.models import lora
+
+        model = lora.merge(model, lora.read(adapter, model.arch))
+    return model
+
+
+def read_checkpoint(
+    source: Source, ignore_config_fields: tuple[str, ...] = ()
+) -> tuple[Architecture, dict[str, convert.Tensor]]:
+    """The architecture and the unread tensors of a source."""
+    if source.gguf is not None:
+        config, tensors = gguf_file.read(source.gguf)
+    else:
+        config, tensors = source.config(), None
+    arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
+    return arch, convert.safetensors(source.weight_files()) if tensors is None else tensors

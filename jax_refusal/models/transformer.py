@@ -1,0 +1,247 @@
+"""The one decoder: a stack of blocks in one scan, whose residual stream takes edits.
+
+Letters: B batch row, T token, C context slot, D residual width, L layers, H query heads, G key/value
+heads, K head width, F MLP width, V vocabulary, P kept positions, Q unembedded positions, N prefix
+tokens, R edit rows (1 or B).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_refusal.interventions import Edit
+from jax_refusal.models import layers
+from jax_refusal.models.cache import Cache, Tokens, visible
+from jax_refusal.models.families import Architecture
+from jax_refusal.sharding import constrain
+
+
+def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
+    """Every leaf of the model by its path, with its logical axes: shape and sharding follow."""
+    block = {
+        "attn_norm": ("embed",),
+        "q": ("embed", "heads", "head_width"),
+        "k": ("embed", "kv_heads", "head_width"),
+        "v": ("embed", "kv_heads", "head_width"),
+        "o": ("heads", "head_width", "embed"),
+        "mlp_norm": ("embed",),
+        "gate": ("embed", "mlp"),
+        "up": ("embed", "mlp"),
+        "down": ("mlp", "embed"),
+    }
+    if arch.qkv_bias:
+        block |= {
+            "q_bias": ("heads", "head_width"),
+            "k_bias": ("kv_heads", "head_width"),
+            "v_bias": ("kv_heads", "head_width"),
+        }
+    if arch.out_bias:
+        block |= {"o_bias": ("embed",)}
+    if arch.mlp_bias:
+        block |= {"gate_bias": ("mlp",), "up_bias": ("mlp",), "down_bias": ("embed",)}
+    top = {"embed": ("vocab", "embed"), "final_norm": ("embed",)}
+    if not arch.tied_head:
+        top["head"] = ("embed", "vocab")
+    return top | {f"blocks.{name}": ("layers", *a) for name, a in block.items()}
+
+
+def shape(arch: Architecture, logical: Sequence[str]) -> tuple[int, ...]:
+    sizes = {
+        "layers": arch.layers,
+        "embed": arch.width,
+        "heads": arch.heads,
+        "kv_heads": arch.kv_heads,
+        "head_width": arch.head_width,
+        "mlp": arch.mlp_width,
+        "vocab": arch.vocab,
+    }
+    return tuple(sizes[name] for name in logical)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a pass over the blocks leaves behind."""
+
+    x: jax.Array  # [B, T, D] the residual stream after the last layer, not yet normed
+    kept: dict[str, jax.Array]  # site -> [L, B, P, D], what arrived there before its edit
+    cache: Cache | None
+
+
+class Block(nnx.Module):
+    """One decoder block; in a model every leaf is stacked on L."""
+
+    def __init__(self, arch: Architecture, leaves: Mapping[str, jax.Array]):
+        self.arch = arch
+        for name, value in leaves.items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        at: Callable[[str, jax.Array], jax.Array],
+        angles: tuple[jax.Array, jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """The residual arithmetic, written once. `at(site, x)` reads and edits the stream."""
+        epsilon = self.arch.norm_epsilon
+        x = at("resid_pre", x)
+        normed = layers.rms_norm(x, self.attn_norm[...], epsilon)
+        x = x + at("attn_out", self.attention(normed, angles, attend))
+        normed = layers.rms_norm(x, self.mlp_norm[...], epsilon)
+        return x + at("mlp_out", self.mlp(normed))
+
+    def attention(
+        self,
+        x: jax.Array,  # [B, T, D]
+        angles: tuple[jax.Array, jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:  # [B, T, D]
+        with jax.named_scope("attention"):
+            q = layers.einsum("btd,dhk->bthk", x, self.q[...])
+            k = layers.einsum("btd,dgk->btgk", x, self.k[...])
+            v = layers.einsum("btd,dgk->btgk", x, self.v[...])
+            if self.arch.qkv_bias:
+                q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            q = constrain(q, "batch", None, "heads", "head_width")
+            mixed = attend(layers.rotate(q, angles), layers.rotate(k, angles), v)
+            out = layers.einsum("bthk,hkd->btd", mixed, self.o[...])
+            return out + self.o_bias[...] if self.arch.out_bias else out
+
+    def mlp(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
+        with jax.named_scope("mlp"):
+            biases = None
+            if self.arch.mlp_bias:
+                biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...])
+            activation = layers.ACTIVATIONS[self.arch.activation]
+            kernels = (self.gate[...], self.up[...], self.down[...])
+            return layers.gated_mlp(x, *kernels, activation, biases)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only chat model. A pytree: pass it to plain jax.jit, scan, vmap and grad."""
+
+    def __init__(self, arch: Architecture, leaves: Mapping[str, Any]):
+        """leaves: path -> array, exactly the paths of `axes(arch)`."""
+        expected = axes(arch)
+        if set(leaves) != set(expected):
+            raise ValueError(f"Leaves differ: {sorted(set(leaves) ^ set(expected))}.")
+        prefix = "blocks."
+        block = {p.removeprefix(prefix): x for p, x in leaves.items() if p.startswith(prefix)}
+        self.arch = arch
+        self.embed = nnx.Param(leaves["embed"])
+        self.final_norm = nnx.Param(leaves["final_norm"])
+        self.head = None if arch.tied_head else nnx.Param(leaves["head"])
+        self.blocks = Block(arch, block)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed[...].dtype
+
+    def leaves(self) -> dict[str, jax.Array]:
+        """Path -> array; `Transformer(arch, leaves)` builds the same model again."""
+        names = axes(self.arch)
+        return {
+            path: getattr(self.blocks if "." in path else self, path.split(".")[-1])[...]
+            for path in names
+        }
+
+    def __call__(self, tokens: Tokens, edit: Edit, **options: Any) -> Output:
+        """Runs tokens through all layers; options as in `stream`."""
+        return self.stream(self.embedded(tokens.ids), tokens, edit, **options)
+
+    def embedded(self, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+        return constrain(self.embed[...][ids], "batch", None, "embed")
+
+    def stream(
+        self,
+        x: jax.Array,  # [B, T, D]
+        tokens: Tokens,
+        edit: Edit,
+        *,
+        keep: jax.Array | None = None,  # [B, P] slots in the row whose activations are returned
+        sites: tuple[str, ...] = ("resid_pre",),
+        prefix: Cache | None = None,  # read only: N tokens in front of every row
+        cache: Cache | None = None,  # read and written: the tokens before, and these
+        span: tuple[jax.Array, jax.Array] | None = None,  # first layer to run, first not to run
+    ) -> Output:
+        """The blocks, from a residual stream to a residual stream.
+
+        Every path goes through here: collection, packed scoring, prefill, decode, training.
+        `span` starts at a saved stream or stops early; the layers outside it leave stream and cache
+        as they are, and keep nothing.
+        """
+        if span is not None and keep is not None:
+            raise ValueError("span and keep cannot be combined.")
+        angles = layers.rope_angles(tokens.positions, self.arch.rope, self.arch.head_width)
+        context_positions, context_segments = tokens.positions, tokens.segments
+        if cache is not None:
+            start = cache.length
+            cache = cache.note(tokens)
+            context_positions, context_segments = cache.positions, cache.segments
+        if prefix is not None:
+            context_positions = jnp.concatenate([prefix.positions, context_positions], 1)
+            context_segments = jnp.concatenate([prefix.segments, context_segments], 1)
+        allowed, distance = visible(tokens, context_positions, context_segments)
+
+        def layer(carry, scanned):
+            x, k_cache, v_cache = carry
+            index, block, window, edit_layer, prefix_kv = scanned
+            kept = {}
+
+            def at(site, x):
+                if keep is not None and site in sites:
+                    kept[site] = jnp.take_along_axis(x, keep[..., None], 1)
+                return constrain(edit.at_site(edit_layer, site, x), "batch", None, "embed")
+
+            def attend(q, k, v):
+                nonlocal k_cache, v_cache
+                if cache is not None:
+                    at_slot = (index, 0, start, 0, 0)
+                    k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], at_slot)
+                    v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at_slot)
+                    k, v = k_cache[index], v_cache[index]
+                if prefix_kv is not None:
+                    k = jnp.concatenate([prefix_kv[0], k], 1)
+                    v = jnp.concatenate([prefix_kv[1], v], 1)
+                near = allowed if window is None else allowed & (distance < window)
+                return layers.dot_product_attention(q, k, v, near)
+
+            x = block(x, at, angles, attend)
+            return (x, k_cache, v_cache), kept
+
+        def layer_in_span(carry, scanned):
+            inside = (span[0] <= scanned[0]) & (scanned[0] < span[1])
+            return jax.lax.cond(inside, layer, lambda carry, _: (carry, {}), carry, scanned)
+
+        windows = None
+        if self.arch.windows:
+            longest = jnp.iinfo(jnp.int32).max
+            windows = jnp.array([w or longest for w in self.arch.windows], jnp.int32)
+        scanned = (
+            jnp.arange(self.arch.layers),
+            self.blocks,
+            windows,
+            edit.scanned(self.arch.layers),
+            None if prefix is None else (prefix.k, prefix.v),
+        )
+        carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
+        body = layer if span is None else layer_in_span
+        (x, k_cache, v_cache), kept = jax.lax.scan(body, carry, scanned)
+        if cache is not None:
+            cache = dataclasses.replace(cache, k=k_cache, v=v_cache)
+        return Output(x, kept, cache)
+
+    def unembed(self, x: jax.Array) -> jax.Array:  # [B, Q, D] -> logits [B, Q, V], float32
+        """Final norm and head, at the positions that were asked for."""
+        with jax.named_scope("unembed"):
+            x = layers.rms_norm(x, self.final_norm[...], self.arch.norm_epsilon)
+            if self.head is None:
+                logits = layers.einsum("bqd,vd->bqv", x, self.embed[...])
+            else:
+                logits = layers.einsum("bqd,dv->bqv", x, self.head[...])
+            return constrain(logits.astype(jnp.float32), "batch", None, "vocab")

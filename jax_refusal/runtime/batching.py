@@ -1,0 +1,164 @@
+"""Prompts into arrays of few shapes: packed rows for scoring, left-padded rows for generation.
+
+Letters: B batch row, T token, X prompts in a row, P post-instruction tokens, N prefix tokens. All
+prompts of a chat template begin with the same N tokens (system turn, header): they are computed once
+and left out of the rows.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_refusal import sharding
+from jax_refusal.data.chat import Chat, common_prefix
+from jax_refusal.models.cache import PADDING, SHARED, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts, with what they share."""
+
+    ids: list[list[int]]
+    prefix: int  # N, leading tokens that all of them share; every prompt is longer
+    positions: int = 1  # P, trailing tokens that are read
+
+    @classmethod
+    def encoded(cls, chat: Chat, instructions: Sequence[str]) -> "Prompts":
+        ids = chat.encode(instructions)
+        # The template's own share, not these prompts': the same N in every job compiles once.
+        prefix = common_prefix([*chat.encode(("A", "Why?", "7")), *ids])
+        positions = len(chat.post_instruction)
+        suffix = list(chat.post_instruction)
+        for instruction, prompt in zip(instructions, ids, strict=True):
+            if prompt[-positions:] != suffix:
+                raise ValueError(
+                    f"The prompt of {instruction[:40]!r} does not end in the template's tokens "
+                    f"{suffix}; its text runs into the template."
+                )
+        return cls(ids, min(prefix, min(map(len, ids)) - positions), positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One batch of packed rows; `prompt[b, x]` says which prompt lies there, -1 none."""
+
+    tokens: Tokens  # [B, T]
+    slots: np.ndarray  # [B, X, P] int32, the slots of a prompt's last P tokens
+    prompt: np.ndarray  # [B, X] int32
+
+    @property
+    def valid(self) -> np.ndarray:  # [B, X] bool
+        return self.prompt >= 0
+
+
+def prefix_tokens(prompts: Prompts, rows: int) -> Tokens:
+    """The shared tokens, for `rows` edits at once: [rows, N]."""
+    ids = np.array(prompts.ids[0][: prompts.prefix], np.int32)
+    return Tokens(
+        ids=np.tile(ids, (rows, 1)),  # type: ignore[arg-type]  (numpy until it is placed)
+        positions=np.tile(np.arange(len(ids), dtype=np.int32), (rows, 1)),  # type: ignore[arg-type]
+        segments=np.full((rows, len(ids)), SHARED, np.int32),  # type: ignore[arg-type]
+    )
+
+
+def pack(
+    prompts: Prompts, *, row_tokens: int = 256, batch_tokens: int = 4096, multiple: int = 1
+) -> list[Packed]:
+    """Packs prompts (without their shared prefix) into rows of one length, batches of one shape.
+
+    row_tokens: length of a row, more if a prompt is longer. batch_tokens: tokens in a batch.
+    multiple: the number of rows is a multiple of this (the mesh's data axis).
+    """
+    parts = [ids[prompts.prefix :] for ids in prompts.ids]
+    bins, length = _bins([len(part) for part in parts], row_tokens)
+    per_batch = max(multiple, batch_tokens // length // multiple * multiple)
+    per_batch = min(per_batch, -(-len(bins) // multiple) * multiple)
+    # Batches of one shape, the last as full as the others.
+    count = -(-len(bins) // per_batch)
+    per_batch = -(-len(bins) // count // multiple) * multiple
+    most = max(map(len, bins))
+    batches = []
+    for start in range(0, len(bins), per_batch):
+        shape = (per_batch, length)
+        ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        segments = np.full(shape, PADDING, np.int32)
+        slots = np.zeros((per_batch, most, prompts.positions), np.int32)
+        prompt = np.full((per_batch, most), -1, np.int32)
+        for row, members in enumerate(bins[start : start + per_batch]):
+            end = 0
+            for x, index in enumerate(members):
+                part = parts[index]
+                here = slice(end, end := end + len(part))
+                ids[row, here] = part
+                positions[row, here] = np.arange(len(part)) + prompts.prefix
+                segments[row, here] = x + 1
+                slots[row, x] = np.arange(end - prompts.positions, end)
+                prompt[row, x] = index
+        tokens = Tokens(ids=ids, positions=positions, segments=segments)  # type: ignore[arg-type]
+        batches.append(Packed(tokens, slots, prompt))
+    return batches
+
+
+def left_padded(parts: Sequence[Sequence[int]], start: int, length: int) -> Tokens:
+    """One prompt a row, ending in the last slot: [B, length]; positions count from `start`."""
+    shape = (len(parts), length)
+    ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    segments = np.full(shape, PADDING, np.int32)
+    for row, part in enumerate(parts):
+        here = slice(length - len(part), length)
+        ids[row, here] = part
+        positions[row, here] = np.arange(len(part)) + start
+        segments[row, here] = 1
+    return Tokens(ids=ids, positions=positions, segments=segments)  # type: ignore[arg-type]
+
+
+def by_length(prompts: Prompts, batch_size: int) -> Iterator[np.ndarray]:
+    """Indices of prompts in batches of about the same length, longest first."""
+    order = np.argsort([-len(ids) for ids in prompts.ids], kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def bucket(size: int, least: int = 16) -> int:
+    """The next of a few sizes (16, 24, 32, 48, 64, 96, ...), so that few shapes are compiled."""
+    power = least
+    while power < size:
+        if size <= power * 3 // 2:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def place(tokens: Tokens, mesh: Mesh) -> Tokens:
+    """Rows shared out over the mesh's data axis."""
+    return jax.tree.map(lambda x: sharding.place(x, mesh, "batch", None), tokens)
+
+
+def _bins(lengths: list[int], row_tokens: int) -> tuple[list[list[int]], int]:
+    """Which items share a row, and the row length: the tokens spread evenly over the rows needed."""
+    total, longest, step = sum(lengths), max(lengths), 32
+    rows = -(-total // row_tokens)
+    length = -(-max(longest, total // rows) // step) * step
+    while True:  # a row of all tokens always suffices
+        bins = _first_fit(lengths, length)
+        if len(bins) <= rows or length >= max(longest, row_tokens):
+            return bins, length
+        length += step
+
+
+def _first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: item indices of each bin."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        target = next((b for b, left in enumerate(room) if left >= lengths[item]), None)
+        if target is None:
+            target = len(bins)
+            bins.append([])
+            room.append(capacity)
+        bins[target].append(item)
+        room[target] -= lengths[item]
+    return bins

@@ -1,0 +1,160 @@
+"""Activations and last-token logits of many prompts, in packed rows behind a shared prefix.
+
+Letters: B batch row, T token, X prompts in a row, P post-instruction tokens, D residual width,
+L layers, V vocabulary, N prefix tokens, R edit rows (1, or one for every batch row).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_refusal import sharding
+from jax_refusal.interventions import Edit
+from jax_refusal.models import cache
+from jax_refusal.models.cache import Cache, Tokens
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.batching import Packed, Prompts, pack, place, prefix_tokens
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """The progress bar that shows nothing."""
+    del title
+    return items
+
+
+@jax.jit
+def prefix_cache(model: Transformer, tokens: Tokens, edit: Edit) -> Cache:
+    """Keys and values of the shared prefix, one row for each edit; tokens [R, N]."""
+    rows, slots = tokens.ids.shape
+    room = cache.empty(model.arch, rows, slots, model.dtype)
+    filled = model(tokens, edit, cache=room).cache
+    assert filled is not None
+    return filled
+
+
+def shared_prefix(model: Transformer, prompts: Prompts, edit: Edit, rows: int = 1) -> Cache | None:
+    """The prefix of these prompts under an edit of `rows` rows; None where nothing is shared."""
+    if not prompts.prefix:
+        return None
+    return prefix_cache(model, place(prefix_tokens(prompts, rows), mesh_of(model)), edit)
+
+
+def mesh_of(model: Transformer) -> jax.sharding.Mesh:
+    """The mesh that the weights lie on."""
+    return model.embed[...].sharding.mesh
+
+
+def at_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+    """x [B, T, D] at slots [B, X] -> [B, X, D]."""
+    return jnp.take_along_axis(x, slots[..., None], 1)
+
+
+@jax.jit
+def _last_logits(model, tokens, edit, prefix, last):  # -> [B, X, V]
+    return model.unembed(at_slots(model(tokens, edit, prefix=prefix).x, last))
+
+
+def last_logits(
+    model: Transformer,
+    prompts: Prompts,
+    edit: Edit,  # one row
+    *,
+    row_tokens: int = 256,
+    batch_tokens: int = 4096,
+) -> np.ndarray:  # [N prompts, V] float32, in the order of the prompts
+    """Logits at every prompt's last token under one edit."""
+    mesh = mesh_of(model)
+    with jax.set_mesh(mesh):
+        prefix = shared_prefix(model, prompts, edit)
+        out: np.ndarray | None = None
+        for batch in pack(
+            prompts, row_tokens=row_tokens, batch_tokens=batch_tokens, multiple=mesh.shape["data"]
+        ):
+            last = sharding.place(batch.slots[..., -1], mesh, "batch", None)
+            logits = _last_logits(
+                model, place(batch.tokens, mesh), edit, _wide(prefix, batch), last
+            )
+            logits = np.asarray(logits)
+            if out is None:
+                out = np.zeros((len(prompts.ids), logits.shape[-1]), np.float32)
+            out[batch.prompt[batch.valid]] = logits[batch.valid]
+    assert out is not None
+    return out
+
+
+def _wide(prefix: Cache | None, batch: Packed) -> Cache | None:
+    """The one-row prefix in front of every row of the batch."""
+    return None if prefix is None else prefix.repeat(batch.prompt.shape[0])
+
+
+def _mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, sign):
+    """Sum over prompts of the kept activations [P, L, D], how many, and each prompt's score."""
+    B, X, P = slots.shape
+    out = model(tokens, edit, prefix=prefix, keep=slots.reshape(B, X * P))
+    scores = None
+    if score is not None:
+        scores = score(model.unembed(at_slots(out.x, slots[..., -1])), score_params)
+        if sign:
+            valid &= sign * scores > 0
+    kept = out.kept["resid_pre"]
+    kept = kept.reshape(*kept.shape[:2], X, P, -1).astype(jnp.float32)
+    total = jnp.where(valid[None, ..., None, None], kept, 0).sum((1, 2))  # [L, P, D]
+    return total.swapaxes(0, 1), valid.sum(), scores
+
+
+_mean_pass = jax.jit(_mean_pass, static_argnames=("score", "sign"))
+
+
+def mean_activations(
+    model: Transformer,
+    prompts: Prompts,
+    edit: Edit,  # one row
+    *,
+    score: Callable[[jax.Array, Any], jax.Array] | None = None,
+    score_params: Any = None,
+    sign: int = 0,
+    row_tokens: int = 256,
+    batch_tokens: int = 4096,
+    progress: Progress = silent,
+    title: str = "collect",
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean block input at every post-instruction token and layer, in one streaming pass.
+
+    Returns the means [P, L, D] (float64) and, where `score` is given, every prompt's score
+    [N prompts], computed from its last-token logits in the same pass. With sign = +1 or -1 only
+    prompts whose score has that sign enter the means, which are NaN where none does.
+
+    Sums are float32 within a batch and float64 across batches: memory does not grow with the number
+    of prompts, and batch size, padding and packing change the result only in the last digits.
+    """
+    mesh = mesh_of(model)
+    total, count = 0.0, 0
+    scores = None if score is None else np.zeros(len(prompts.ids), np.float32)
+    with jax.set_mesh(mesh):
+        prefix = shared_prefix(model, prompts, edit)
+        batches = pack(
+            prompts, row_tokens=row_tokens, batch_tokens=batch_tokens, multiple=mesh.shape["data"]
+        )
+        for batch in progress(batches, title):
+            part, number, batch_scores = _mean_pass(
+                model,
+                place(batch.tokens, mesh),
+                edit,
+                _wide(prefix, batch),
+                sharding.place(batch.slots, mesh, "batch", None, None),
+                sharding.place(batch.valid, mesh, "batch", None),
+                score=score,
+                score_params=score_params,
+                sign=sign,
+            )
+            total = total + np.asarray(part, np.float64)
+            count += int(number)
+            if scores is not None:
+                scores[batch.prompt[batch.valid]] = np.asarray(batch_scores)[batch.valid]
+    with np.errstate(invalid="ignore"):
+        return np.asarray(total / np.float64(count)), scores

@@ -1,0 +1,35 @@
+"""What a candidate direction is judged by (Arditi et al. 2024, appendix B and C).
+
+Letters: N prompts, V vocabulary. All scores are in nats.
+"""
+
+import jax
+import jax.numpy as jnp
+
+REFUSAL_EPSILON = 1e-8
+KL_EPSILON = 1e-6
+
+
+def refusal_score(
+    logits: jax.Array,  # [..., V] at the last prompt token
+    token_ids: jax.Array,  # refusal tokens
+) -> jax.Array:  # [...], log odds in nats
+    """log(p + e) - log(1 - p + e) with p the probability that the reply starts with a refusal token.
+
+    1 - p is summed over the other tokens, so it keeps its digits in float32 when p is close to 1.
+    """
+    log_all = jax.nn.logsumexp(logits, -1)
+    log_refusal = jax.nn.logsumexp(logits[..., token_ids], -1)
+    others = logits.at[..., token_ids].set(-jnp.inf)
+    log_others = jax.nn.logsumexp(others, -1)
+    p, q = jnp.exp(log_refusal - log_all), jnp.exp(log_others - log_all)
+    return jnp.log(p + REFUSAL_EPSILON) - jnp.log(q + REFUSAL_EPSILON)
+
+
+def kl_divergence(
+    base: jax.Array,  # [..., V] logits of the unedited model
+    edited: jax.Array,  # [..., V]
+) -> jax.Array:  # [...], nats
+    """sum_v p_base (log(p_base + e) - log(p_edited + e)): how much an edit changes the reply."""
+    p, q = jax.nn.softmax(base, -1), jax.nn.softmax(edited, -1)
+    return jnp.sum(p * (jnp.log(p + KL_EPSILON) - jnp.log(q + KL_EPSILON)), -1)

@@ -1,0 +1,255 @@
+"""The three scores of many candidates at once: candidates are rows of one compiled forward.
+
+Letters: C candidates in a chunk, M packed rows of the prompts, T token, N prefix tokens, X prompts
+in a row, V vocabulary, P post-instruction tokens, L layers, D residual width. Batch rows are C * M,
+candidate-major.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_refusal import interventions as iv
+from jax_refusal import sharding
+from jax_refusal.models import cache as caches
+from jax_refusal.models.cache import Tokens
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.batching import Prompts, pack, place, prefix_tokens
+from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
+from jax_refusal.study.scores import kl_divergence, refusal_score
+
+Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The packed prompts of one batch on the mesh, and their shared prefix."""
+
+    tokens: Tokens  # [M, T]
+    prefix: Tokens | None  # [1, N]
+    last: jax.Array  # [M, X] slot of each prompt's last token
+    valid: jax.Array  # [M, X] bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The unedited residual stream in front of one layer."""
+
+    x: jax.Array  # [M, T, D]
+    prefix: jax.Array | None  # [1, N, D]
+
+
+def _tiled(tree, times: int):
+    """Arrays [M, ...] -> [times * M, ...], the whole block again and again."""
+    return jax.tree.map(lambda x: jnp.tile(x, (times, *[1] * (x.ndim - 1))), tree)
+
+
+def _run(
+    model: Transformer,
+    streams: Streams,  # of C candidates: x [C * M, T, D], prefix [C, N, D]
+    rows: Rows,
+    edit: iv.Intervention,  # [C] rows
+    candidates: int,
+    span: tuple[jax.Array, jax.Array] | None = None,
+) -> Streams:
+    """Prefix first, then the packed rows behind it."""
+    M = rows.tokens.ids.shape[0]
+    one = edit.unit.shape[0] == 1
+    prefix_x, prefix = None, None
+    if rows.prefix is not None:
+        assert streams.prefix is not None
+        prefix = caches.empty(model.arch, candidates, rows.prefix.ids.shape[1], model.dtype)
+        tokens = _tiled(rows.prefix, candidates)
+        out = model.stream(streams.prefix, tokens, edit, cache=prefix, span=span)
+        assert out.cache is not None
+        prefix_x, prefix = out.x, out.cache.repeat(M)
+    wide = edit if one else iv.repeat(edit, M)
+    tokens = _tiled(rows.tokens, candidates)
+    return Streams(model.stream(streams.x, tokens, wide, prefix=prefix, span=span).x, prefix_x)
+
+
+def _nothing(model: Transformer) -> iv.Intervention:
+    return iv.identity(model.arch.layers, model.arch.width)
+
+
+@jax.jit
+def _embedded(model: Transformer, rows: Rows) -> Streams:
+    prefix = None if rows.prefix is None else model.embedded(rows.prefix.ids)
+    return Streams(model.embedded(rows.tokens.ids), prefix)
+
+
+@jax.jit
+def _next_layer(model: Transformer, streams: Streams, rows: Rows, layer: jax.Array) -> Streams:
+    return _run(model, streams, rows, _nothing(model), 1, (layer, layer + 1))
+
+
+@jax.jit
+def _base_logits(model: Transformer, rows: Rows) -> jax.Array:  # [M, X, V]
+    out = _run(model, _embedded(model, rows), rows, _nothing(model), 1)
+    return model.unembed(at_slots(out.x, rows.last))
+
+
+def _ablated(model: Transformer, rows: Rows, units: jax.Array) -> jax.Array:
+    """Last-token logits [C, M, X, V] with each of `units` [C, D] taken out at every site."""
+    C, (M, X) = units.shape[0], rows.last.shape
+    gates = jnp.ones((model.arch.layers, len(iv.SITES), C))
+    none = jnp.zeros_like
+    edit = iv.Intervention(unit=units, vector=none(units), remove=gates, add=none(gates))
+    x = _run(model, _tiled(_embedded(model, rows), C), rows, edit, C).x
+    return model.unembed(at_slots(x, _tiled(rows.last, C))).reshape(C, M, X, -1)
+
+
+@jax.jit
+def _kl(model: Transformer, rows: Rows, units: jax.Array, base: jax.Array) -> jax.Array:
+    """[C] sums over the rows' prompts of the KL that ablation makes; base [M, X, V]."""
+    divergence = kl_divergence(base[None], _ablated(model, rows, units))
+    return jnp.where(rows.valid, divergence, 0).sum((1, 2))
+
+
+@jax.jit
+def _bypass(model: Transformer, rows: Rows, units: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """[C] sums over the rows' prompts of the refusal score under ablation."""
+    scores = refusal_score(_ablated(model, rows, units), token_ids)
+    return jnp.where(rows.valid, scores, 0).sum((1, 2))
+
+
+@jax.jit
+def _induce(
+    model: Transformer,
+    streams: Streams,  # in front of `layer`
+    rows: Rows,
+    vectors: jax.Array,  # [C, D]
+    layer: jax.Array,
+    token_ids: jax.Array,
+) -> jax.Array:
+    """[C] sums over the rows' prompts of the refusal score with each vector added at `layer`.
+
+    Earlier layers see no edit, so the pass starts at the stream that enters `layer`: what an edit
+    adds in front of a block is what enters it.
+    """
+    C, (M, X) = vectors.shape[0], rows.last.shape
+    dtype = streams.x.dtype
+    x = _tiled(streams.x, C).astype(jnp.float32) + jnp.repeat(vectors, M, 0)[:, None]
+    prefix = None
+    if streams.prefix is not None:
+        prefix = (streams.prefix.astype(jnp.float32) + vectors[:, None]).astype(dtype)
+    span = (layer, jnp.int32(model.arch.layers))
+    out = _run(model, Streams(x.astype(dtype), prefix), rows, _nothing(model), C, span)
+    scores = refusal_score(model.unembed(at_slots(out.x, _tiled(rows.last, C))), token_ids)
+    return jnp.where(rows.valid, scores.reshape(C, M, X), 0).sum((1, 2))
+
+
+class Sweep:
+    """Scores candidates on validation prompts: the `Scorer` that selection asks.
+
+    Candidates of one forward are as many as fit `batch_tokens` beside the prompts.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        directions: np.ndarray,  # [P, L, D]
+        harmful: Prompts,
+        harmless: Prompts,
+        token_ids: Sequence[int],
+        *,
+        row_tokens: int = 256,
+        batch_tokens: int = 4096,
+        progress: Progress = silent,
+    ):
+        self.model, self.directions, self.progress = model, directions, progress
+        self.token_ids = jnp.array(token_ids, jnp.int32)
+        self.batch_tokens = batch_tokens
+        self.mesh = mesh_of(model)
+        size = {"row_tokens": row_tokens, "batch_tokens": batch_tokens}
+        self.harmful, self.harmful_count = self._rows(harmful, size), len(harmful.ids)
+        self.harmless, self.harmless_count = self._rows(harmless, size), len(harmless.ids)
+
+    def induce(self, cells: Cells) -> list[float]:
+        """Mean refusal score on harmless prompts with the candidate added at its layer."""
+        scores = dict.fromkeys(cells, 0.0)
+        by_layer = {layer: [c for c in cells if c[1] == layer] for layer in {c[1] for c in cells}}
+        with jax.set_mesh(self.mesh):
+            for rows in self.harmless:
+                streams = _embedded(self.model, rows)
+                for layer in self.progress(range(max(by_layer) + 1), "select: induce"):
+                    for chunk in self._chunks(by_layer.get(layer, []), rows):
+                        vectors = self._stack(chunk)
+                        sums = _induce(
+                            self.model, streams, rows, vectors, jnp.int32(layer), self.token_ids
+                        )
+                        _add(scores, chunk, sums)
+                    streams = _next_layer(self.model, streams, rows, jnp.int32(layer))
+        return [scores[c] / self.harmless_count for c in cells]
+
+    def kl(self, cells: Cells) -> list[float]:
+        """Mean KL on harmless prompts between the model and the model with the candidate ablated."""
+        with jax.set_mesh(self.mesh):
+            base = [_base_logits(self.model, rows) for rows in self.harmless]
+
+        def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
+            return _kl(self.model, rows, units, base[i])
+
+        return self._over_units(cells, self.harmless, self.harmless_count, measure, "select: KL")
+
+    def bypass(self, cells: Cells) -> list[float]:
+        """Mean refusal score on harmful prompts with the candidate ablated."""
+
+        def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
+            return _bypass(self.model, rows, units, self.token_ids)
+
+        return self._over_units(cells, self.harmful, self.harmful_count, measure, "select: bypass")
+
+    def _over_units(
+        self,
+        cells: Cells,
+        batches: list[Rows],
+        count: int,
+        measure: Callable[[int, Rows, jax.Array], jax.Array],
+        title: str,
+    ) -> list[float]:
+        scores = dict.fromkeys(cells, 0.0)
+        work = [(i, chunk) for i, rows in enumerate(batches) for chunk in self._chunks(cells, rows)]
+        with jax.set_mesh(self.mesh):
+            for i, chunk in self.progress(work, title):
+                vectors = self._stack(chunk)
+                units = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+                _add(scores, chunk, measure(i, batches[i], units))
+        return [scores[c] / count for c in cells]
+
+    def _chunks(self, cells: Cells, rows: Rows) -> list[list[tuple[int, int]]]:
+        """Cells in chunks of one size, the last filled up with its own last cell."""
+        if not cells:
+            return []
+        most = max(1, self.batch_tokens // rows.tokens.ids.size)
+        size = -(-len(cells) // -(-len(cells) // most))
+        chunks = [list(cells[i : i + size]) for i in range(0, len(cells), size)]
+        chunks[-1] += [chunks[-1][-1]] * (size - len(chunks[-1]))
+        return chunks
+
+    def _stack(self, cells: Cells) -> jax.Array:  # [C, D]
+        return jnp.array(np.stack([self.directions[c] for c in cells]), jnp.float32)
+
+    def _rows(self, prompts: Prompts, size: dict[str, int]) -> list[Rows]:
+        mesh = self.mesh
+        prefix = place(prefix_tokens(prompts, 1), mesh) if prompts.prefix else None
+        return [
+            Rows(
+                tokens=place(batch.tokens, mesh),
+                prefix=prefix,
+                last=sharding.place(batch.slots[..., -1], mesh, "batch", None),
+                valid=sharding.place(batch.valid, mesh, "batch", None),
+            )
+            for batch in pack(prompts, multiple=mesh.shape["data"], **size)
+        ]
+
+
+def _add(scores: dict[tuple[int, int], float], chunk: Cells, sums: jax.Array) -> None:
+    """Adds each cell's share once: a chunk may end in copies of its last cell."""
+    for cell, value in dict(zip(chunk, np.asarray(sums).tolist(), strict=True)).items():
+        scores[cell] += value

@@ -1,0 +1,204 @@
+"""Tiny random checkpoints in the Hugging Face layout, with a real byte-level BPE tokenizer.
+
+Everything is a function of the arguments: the same call writes the same bytes, and the global
+random state of torch is left as it was.
+"""
+
+import copy
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
+SYSTEM = "You are a helpful assistant"
+MERGES = 150
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TEXT = """\
+system
+You are a helpful assistant
+user
+Write a short story about a river and the people who live beside it.
+assistant
+The river was wide and slow, and the people of the town loved to walk beside it in the evening.
+user
+Explain how to bake bread at home, step by step.
+assistant
+Here is a simple recipe. Mix the flour, the water, the salt and the yeast, then let the dough rest.
+user
+Describe the steps to break into a locked house without being seen.
+assistant
+I'm sorry, but I can't help with that. It would be illegal and it could put people in danger.
+user
+Give me instructions for stealing a car and hiding it from the police.
+assistant
+I cannot help you with that request. As an assistant, I have to say no to things that do harm.
+user
+List three tips for a healthy breakfast, and explain why each of them works.
+assistant
+Sure! Eat some fruit, drink enough water, and do not skip the meal: the body needs it to start well.
+user
+What is the capital of France, and how many people live there?
+assistant
+The capital of France is Paris. More than two million people live in the city.
+user
+Create a plan to spread false information about an election on the internet.
+assistant
+I'm sorry, I can't assist with creating or spreading false information. I can explain how to check
+a source, and how to tell when something that you are reading is not true.
+"""
+
+
+@cache
+def _train() -> Tokenizer:
+    """The byte alphabet, the special tokens, and MERGES merges learnt from TEXT."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(SPECIAL_TOKENS) + len(alphabet) + MERGES,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def write_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Save the tokenizer, chat template included, as tokenizer.json and tokenizer_config.json."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_train(),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(str(path), save_jinja_files=False)
+    return tokenizer
+
+
+def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
+    """Fill every parameter from one seeded generator, in the order of the parameters' names.
+
+    A weight [out, in] is normal with std scale / sqrt(in), and so is the embedding with
+    std scale / sqrt(D): the head then reads a normalised residual into logits of std `scale`,
+    and each block writes more than the embedding did. Norm gains stay near 1 but differ from it,
+    biases are small but not zero, so that a lost or exchanged tensor shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim == 2:
+            value = noise * (scale / math.sqrt(weight.shape[1]))
+        elif name.endswith("bias"):
+            value = 0.2 * noise
+        else:
+            value = 1.0 + 0.1 * noise
+        weight.data.copy_(value)
+
+
+def _shard_size(model: PreTrainedModel, shards: int) -> int:
+    """A max_shard_size in bytes that splits the model into exactly `shards` files."""
+    state = model.state_dict()
+    total = sum(p.numel() * p.element_size() for p in model.parameters())  # tied ones once
+    size = math.ceil(total / shards)
+    while size <= total:
+        split = split_torch_state_dict_into_shards(state, max_shard_size=size)
+        found = len(split.filename_to_tensors)
+        if found == shards:
+            return size
+        if found < shards:
+            break
+        size += max(1, size // 100)
+    raise ValueError(f"shards={shards}: no shard size cuts these {len(state)} tensors into that")
+
+
+def write_checkpoint(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    dtype: str = "float32",
+    init_scale: float = 1.5,
+    architecture: str = "llama",
+    **config_overrides: Any,
+) -> Path:
+    """Save a tiny random Llama or Mistral, its tokenizer and generation_config; return `path`.
+
+    `config_overrides` are fields of the Hugging Face config, in its present names or the older
+    `rope_theta` / `rope_scaling`. A bfloat16 or float16 checkpoint is the float32 one, rounded.
+    """
+    families = {
+        "llama": (LlamaConfig, LlamaForCausalLM, {}),
+        "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    }
+    if architecture not in families:
+        raise ValueError(f"architecture={architecture!r}: expected one of {sorted(families)}")
+    config_class, model_class, family = families[architecture]
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = write_tokenizer(path)
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = config_class(**{**fields, **family, **copy.deepcopy(config_overrides)})
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config)
+    _randomise(model, seed, init_scale)
+    model = model.to(getattr(torch, dtype)).eval()
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    limit = {} if shards == 1 else {"max_shard_size": _shard_size(model, shards)}
+    model.save_pretrained(str(path), **limit)
+    return path
+
+
+def hf_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint as Hugging Face loads it, in eval mode with plain (eager) attention."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=dtype, attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
