@@ -1,10 +1,13 @@
 """Refusal directions of chat models, in pure JAX (Arditi et al. 2024).
 
+The study in a notebook:
+
     import jax_refusal as jr
     model, chat = jr.load_model(source), jr.load_chat(source)
     harmful = jr.mean_activations(model, chat, harmful_instructions)
     harmless = jr.mean_activations(model, chat, harmless_instructions)
-    chosen = jr.select(model, chat, jr.difference(harmful, harmless), harmful_val, harmless_val, ids)
+    directions = jr.difference(harmful, harmless)
+    chosen = jr.select(model, chat, directions, harmful_val, harmless_val, refusal_ids)
     edit = jr.ablate(chosen.direction, model.arch.layers)
     jr.generate(model, chat, instructions, edit)
 """

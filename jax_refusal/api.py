@@ -45,7 +45,7 @@ def mean_activations(
     batch_tokens: int = 4096,
 ) -> np.ndarray:  # [P, L, D] float64
     """Mean residual stream entering each block, at each post-instruction token (paper eq. 1)."""
-    prompts = Prompts.encoded(chat, instructions)
+    prompts = Prompts.encoded(chat, instructions, model.arch)
     means, _ = collect.mean_activations(
         model, prompts, _or_identity(edit, model), batch_tokens=batch_tokens
     )
@@ -74,8 +74,8 @@ def select(
     scorer = sweep.Sweep(
         model,
         directions,
-        Prompts.encoded(chat, harmful),
-        Prompts.encoded(chat, harmless),
+        Prompts.encoded(chat, harmful, model.arch),
+        Prompts.encoded(chat, harmless, model.arch),
         refusal_ids,
         batch_tokens=batch_tokens,
     )
@@ -97,7 +97,7 @@ def generate(
     """A reply to each instruction; greedy unless temperature > 0."""
     replies = generation.generate(
         model,
-        Prompts.encoded(chat, instructions),
+        Prompts.encoded(chat, instructions, model.arch),
         iv.identity(model.arch.layers, model.arch.width) if edit is None else edit,
         stop_ids=chat.stop_ids,
         max_new_tokens=max_new_tokens,

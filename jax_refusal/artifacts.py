@@ -1,9 +1,11 @@
 """Files of a run: written whole or not at all, listed in one manifest with their hashes.
 
 A stage is complete when the manifest lists its files. A run that stops anywhere leaves either the
-old file or the new one, and the next run goes on after the last complete stage.
+old file or the new one, and the next run goes on after the last complete stage. A stage that is
+made again takes the later ones off the list.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,19 +29,30 @@ class WorkdirError(ValueError):
 class Workdir:
     """The folder of one run; only process 0 writes."""
 
-    def __init__(self, root: str | os.PathLike[str], identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        first_use: Mapping[str, str] | None = None,
+    ):
         """identity: what the results depend on (config fields, hashes), JSON values.
 
-        Raises WorkdirError naming every field in which an existing manifest differs.
+        first_use: names of identity fields -> the first stage that depends on them; all stages
+        depend on the others. Raises WorkdirError naming every field in which an existing manifest
+        differs and on which a stage that it lists depends.
         """
         self.root = epath.Path(root)
+        self.first_use = dict(first_use or {})
         self.identity = json.loads(json.dumps(dict(identity)))
         path = self.root / MANIFEST
         if path.exists():
             self.manifest = self._read_manifest(path)
-            self._match(self.manifest["identity"])
+            self._match(self.manifest["identity"], self.identity)
+            self.manifest["identity"] |= self.identity
         else:
-            if self.root.exists() and any(self.root.iterdir()):
+            if self.root.exists() and not self.root.is_dir():
+                raise WorkdirError(f"{self.root} is a file: a folder is needed.")
+            if self.root.exists() and any(p.suffix != ".tmp" for p in self.root.iterdir()):
                 raise WorkdirError(
                     f"{self.root} holds files and no {MANIFEST}: it is not the workdir of a run. "
                     "Choose an empty or new folder."
@@ -47,10 +60,17 @@ class Workdir:
             versions = {name: _version(name) for name in PACKAGES}
             self.manifest = {
                 "format": 1,
-                "identity": self.identity,
+                "identity": dict(self.identity),
                 "versions": versions,
                 "stages": {},
             }
+
+    @classmethod
+    def existing(cls, root: str | os.PathLike[str]) -> "Workdir":
+        """The workdir of an earlier run, as it is; WorkdirError where there is none."""
+        if not (epath.Path(root) / MANIFEST).exists():
+            raise WorkdirError(f"{root} has no {MANIFEST}: it is not the workdir of a run.")
+        return cls(root, {})
 
     def done(self, stage: str) -> bool:
         """Whether the stage is listed and its files are all there, unchanged."""
@@ -63,9 +83,16 @@ class Workdir:
                 return False
         return True
 
-    def finish(self, stage: str, files: Iterable[str], seconds: float) -> None:
-        """Lists a stage's files in the manifest: from now on it is complete."""
+    def finish(
+        self, stage: str, files: Iterable[str], seconds: float, later: Iterable[str] = ()
+    ) -> None:
+        """Lists a stage's files in the manifest: from now on it is complete.
+
+        The `later` stages are taken off: what they hold was made from older files.
+        """
         hashes = {name: _sha256((self.root / name).read_bytes()) for name in files}
+        for name in later:
+            self.manifest["stages"].pop(name, None)
         self.manifest["stages"][stage] = {"files": hashes, "seconds": round(seconds, 2)}
         self.write_json(MANIFEST, self.manifest)
 
@@ -96,25 +123,28 @@ class Workdir:
         if jax.process_index() != 0:
             return
         path = self._inside(name)
-        unfinished = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        # One name for all processes: what a killed one left is overwritten by the next.
+        unfinished = path.parent / f".{path.name}.tmp"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(content)
             unfinished.replace(path)
-        except OSError as error:
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise WorkdirError(
                 f"Could not write {path} ({error.strerror or error}). What was complete is kept: "
                 "make room or choose another --workdir, and run the same command again."
             ) from error
-        finally:
-            if unfinished.exists():
-                unfinished.unlink()
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self._inside(name).read_text())
+        return json.loads(self._inside(name).read_bytes())
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._inside(name).read_text().splitlines()]
+        # Of bytes: those of a str end at U+2028 and U+0085 too, which JSON may hold as they are.
+        return [json.loads(line) for line in self._inside(name).read_bytes().splitlines()]
 
     def read_tensors(self, name: str) -> dict[str, np.ndarray]:
         from safetensors.numpy import load
@@ -128,25 +158,30 @@ class Workdir:
 
     def _read_manifest(self, path: epath.Path) -> dict[str, Any]:
         try:
-            manifest = json.loads(path.read_text())
-            if manifest["format"] == 1:
+            manifest = json.loads(path.read_bytes())
+            parts = (manifest["identity"], manifest["stages"])
+            if manifest["format"] == 1 and all(isinstance(part, dict) for part in parts):
                 return manifest
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             pass
         raise WorkdirError(f"{path} is not a manifest of this program. Choose another --workdir.")
 
-    def _match(self, stored: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> None:
-        now = self.identity if now is None else now
+    def _match(self, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differ = [
             f"{k}: there {stored.get(k)!r}, now {now[k]!r}"
             for k in sorted(now)
-            if k in stored and stored[k] != now[k]
+            if k in stored and stored[k] != now[k] and self._used(k)
         ]
         if differ:
             raise WorkdirError(
                 f"{self.root} holds a run of another kind ({'; '.join(differ)}). "
                 "Choose another --workdir, or use the settings that are there."
             )
+
+    def _used(self, field: str) -> bool:
+        """Whether a complete stage depends on an identity field."""
+        stages = self.manifest["stages"]
+        return self.first_use[field] in stages if field in self.first_use else bool(stages)
 
 
 class Timer:

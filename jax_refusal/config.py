@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import os
 import typing
 from typing import Any
 
@@ -127,9 +129,25 @@ def identity(config: Any) -> dict[str, Any]:
     return keep
 
 
+def from_identity(fields: dict[str, Any]) -> RunConfig:
+    """The RunConfig with these dotted fields (as `identity` gives them), the others at default."""
+    config = RunConfig()
+    for name, value in fields.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
 def validate(config: RunConfig) -> RunConfig:
     """Raises ConfigError with every value that is not allowed; returns the config."""
     flat = flatten(config)
+    wrong = [
+        f"{name}={flat[name]!r} ({kind.__name__ if isinstance(kind, type) else kind} is needed)"
+        for name, kind in _kinds(config).items()
+        if not _fits(flat[name], kind)
+    ]
+    if wrong:
+        raise ConfigError("The config has values of a wrong type: " + "; ".join(wrong) + ".")
     problems = [
         f"{name}={flat[name]!r} (allowed: {', '.join(allowed)})"
         for name, allowed in CHOICES.items()
@@ -151,27 +169,63 @@ def validate(config: RunConfig) -> RunConfig:
     return config
 
 
-def check_overrides(arguments: list[str], config_class: type = RunConfig) -> None:
-    """Refuses `--config.a.b=c` whose field does not exist, naming the nearest ones that do."""
-    known = set(flatten(config_class()))
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            continue
-        name = argument.removeprefix("--config.").partition("=")[0]
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
+def check_overrides(arguments: list[str], config_class: type = RunConfig) -> list[str]:
+    """Refuses a config file or a field of `--config.a.b=c` that does not exist, naming what does.
+
+    Returns the arguments without `--config.a.b=None` of optional fields: see `empty_optional`.
+    """
+    kinds = _kinds(config_class())
+    rest = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            file = (value if equals else following).partition(":")[0]
+            if not os.path.isfile(file):
+                raise ConfigError(
+                    f"--config={file}: there is no such file. Give a Python file with a "
+                    f"get_config() that returns a {config_class.__name__}, like those in configs/."
+                )
+        name = flag.removeprefix("--config.")
+        if name != flag and name not in kinds:
+            near = difflib.get_close_matches(name, sorted(kinds), n=3) or sorted(kinds)
             raise ConfigError(
                 f"--config.{name}: there is no such field. Did you mean {', '.join(near)}? "
                 f"The fields are in {config_class.__module__.replace('.', '/')}.py."
             )
+        if name == flag or value != "None" or type(None) not in typing.get_args(kinds[name]):
+            rest.append(argument)
+    return rest
 
 
-def parse_optional(config: Any) -> Any:
-    """Turns the text "None" that a flag gives to an optional field into None, in place."""
-    for section in dataclasses.fields(config):
-        value = getattr(config, section.name)
-        if dataclasses.is_dataclass(value):
-            parse_optional(value)
-        elif value == "None" and type(None) in typing.get_args(section.type):
-            setattr(config, section.name, None)
+def empty_optional(config: Any, arguments: list[str]) -> Any:
+    """Sets the fields of `--config.a.b=None` to None, in place: flags have no word for it."""
+    optional = [
+        name for name, kind in _kinds(config).items() if type(None) in typing.get_args(kind)
+    ]
+    for name in optional:
+        if f"--config.{name}=None" in arguments:
+            *sections, field = name.split(".")
+            setattr(functools.reduce(getattr, sections, config), field, None)
     return config
+
+
+def _kinds(config: Any) -> dict[str, Any]:
+    """Dotted field name -> annotated type."""
+    kinds = {}
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        inner = _kinds(value) if dataclasses.is_dataclass(value) else {"": kind}
+        kinds |= {f"{name}.{k}".rstrip("."): v for k, v in inner.items()}
+    return kinds
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; an int is a float, and a bool is neither."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(v, parts[0]) for v in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else kind)

@@ -2,9 +2,9 @@
 
 Letters: B batch row, T token, D residual width, L layers, S residual sites, R edit rows (1 or B).
 
-The paper's edits (Arditi et al. 2024, section 2.4) are one gated affine map, applied at every site of
-every layer:  x <- x - remove <x, unit> unit + add vector.  What changes between calls (direction,
-layer, site, coefficient, row) is an array, so no edit ever recompiles the model.
+The paper's edits (Arditi et al. 2024, section 2.4) are one gated affine map, applied at every site
+of every layer:  x <- x - remove <x, unit> unit + add vector.  What changes between calls
+(direction, layer, site, coefficient, row) is an array, so no edit ever recompiles the model.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # Axis S: where the residual stream is read or edited. `attn_out` and `mlp_out` are the residual
 # contributions, that is, after a post-norm where the family has one.
@@ -53,11 +54,17 @@ class Intervention:
     def at_site(
         self, layer: tuple[jax.Array, jax.Array], site: str, x: jax.Array
     ) -> jax.Array:  # x [B, T, D]
+        rows, width = self.unit.shape
+        if rows not in (1, x.shape[0]) or width != x.shape[-1]:
+            raise ValueError(
+                f"The edit has {rows} rows of width {width} and the batch has {x.shape[0]} of "
+                f"width {x.shape[-1]}: an edit needs one row, or one for every batch row."
+            )
         remove, add = (gate[SITES.index(site)][:, None, None] for gate in layer)  # [R, 1, 1]
         x32, unit = x.astype(jnp.float32), self.unit[:, None]
         along = jnp.sum(x32 * unit, -1, keepdims=True)
         edited = x32 - remove * along * unit + add * self.vector[:, None]
-        # The select makes identity bit-exact: `x + 0.0` would turn -0.0 into 0.0, and 0 * inf is NaN.
+        # The select makes identity bit-exact: `x + 0.0` makes 0.0 of -0.0, and 0 * inf is NaN.
         return jnp.where((remove != 0) | (add != 0), edited.astype(x.dtype), x)
 
 
@@ -172,7 +179,7 @@ def unit_vector(direction: jax.Array | np.ndarray) -> jax.Array:
     """direction [D] scaled to length 1, float32; ValueError where that is not possible."""
     direction = _vector(direction)
     norm = jnp.linalg.norm(direction)
-    if not isinstance(norm, jax.core.Tracer) and not (np.isfinite(norm) and norm > 0):
+    if not isinstance(norm, Tracer) and not (np.isfinite(norm) and norm > 0):
         raise ValueError(
             f"The direction has norm {float(norm)}; a finite, non-zero vector is needed. "
             "A zero difference of means says that both instruction sets look alike there."
@@ -184,6 +191,8 @@ def _vector(vector: jax.Array | np.ndarray) -> jax.Array:
     vector = jnp.asarray(vector, jnp.float32)
     if vector.ndim != 1:
         raise ValueError(f"A vector [D] is needed and the shape given is {vector.shape}.")
+    if not isinstance(vector, Tracer) and not np.isfinite(vector).all():
+        raise ValueError("The vector holds NaN or infinity; a finite one is needed.")
     return vector
 
 

@@ -1,7 +1,8 @@
 """The study, stage by stage: the only reader of the whole RunConfig.
 
-checkpoint -> refusal tokens -> filter and means -> directions -> selection -> completions -> metrics
--> report. Every stage writes its files and is listed in the manifest; a second run skips it.
+checkpoint -> refusal tokens -> filter and means -> directions -> selection -> completions ->
+metrics -> report. Every stage writes its files and is listed in the manifest; a second run skips
+it.
 """
 
 import dataclasses
@@ -17,14 +18,15 @@ from jax_refusal import interventions as iv
 from jax_refusal import sharding
 from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.data.prompts import KINDS, load_prompts
+from jax_refusal.data.prompts import KINDS, SPLITS, load_prompts
 from jax_refusal.evals import refusals
+from jax_refusal.models import lora
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.report import page
 from jax_refusal.runtime import batching
 from jax_refusal.runtime.collect import Progress, mean_activations, silent
-from jax_refusal.runtime.generate import generate
+from jax_refusal.runtime.generate import check_room, generate
 from jax_refusal.sources import fingerprint, locate
 from jax_refusal.study.directions import difference
 from jax_refusal.study.scores import refusal_score
@@ -50,6 +52,8 @@ CONDITIONS = (
 )
 SIGNS = {"harmful": 1, "harmless": -1}  # of the refusal scores that the filter keeps
 DISCOVERY_PROMPTS = 64  # of each kind
+# Section of the config -> the first stage that depends on it: until then it may change.
+FIRST_USE = {"selection": "selection", "generate": "harmful baseline"}
 
 
 class StudyError(ValueError):
@@ -70,7 +74,9 @@ class Study:
     @cached_property
     def model(self) -> Transformer:
         c = self.config
-        self.log(f"loading {c.model.source}" + f" with adapter {c.model.adapter}" * bool(c.model.adapter))
+        self.log(
+            f"loading {c.model.source}" + f" with adapter {c.model.adapter}" * bool(c.model.adapter)
+        )
         return load_model(
             self.source,
             c.model.dtype,
@@ -90,17 +96,15 @@ class Study:
         return dataclasses.asdict(self.config.compute)
 
     def encoded(self, texts: list[str]) -> batching.Prompts:
-        prompts = batching.Prompts.encoded(self.chat, texts)
-        largest = max(max(ids) for ids in prompts.ids)
-        if largest >= self.model.arch.vocab:
-            raise StudyError(
-                f"The tokenizer gives token {largest} and the model has {self.model.arch.vocab} "
-                "tokens: they do not belong together."
-            )
-        return prompts
+        return batching.Prompts.encoded(self.chat, texts, self.model.arch)
 
     def replies(
-        self, prompts: batching.Prompts, edit: iv.Intervention, tokens: int, title: str, **options: Any
+        self,
+        prompts: batching.Prompts,
+        edit: iv.Intervention,
+        tokens: int,
+        title: str,
+        **options: Any,
     ) -> list[list[int]]:
         return generate(
             self.model,
@@ -131,9 +135,7 @@ class Study:
         choice = self.workdir.read_json(CHOICE)
         table = [Candidate(**row) for row in self.workdir.read_jsonl(CANDIDATES)]
         direction = self.workdir.read_tensors(DIRECTION)["direction"]
-        return Selection(
-            choice["position"], choice["layer"], direction, table, choice["fallback"]
-        )
+        return Selection(choice["position"], choice["layer"], direction, table, choice["fallback"])
 
 
 def run(
@@ -158,7 +160,13 @@ def run(
             {f"config.{name}": value for name, value in configs.identity(config).items()}
             | {
                 "model": fingerprint(source),
+                "adapter": lora.fingerprint(config.model.adapter),
                 "data": content_hash(dataclasses.asdict(prompts)),
+            },
+            first_use={
+                f"config.{name}": FIRST_USE[section]
+                for name in configs.identity(config)
+                if (section := name.split(".")[0]) in FIRST_USE
             },
         ),
         prompts=prompts,
@@ -166,13 +174,16 @@ def run(
         progress=progress,
         log=log,
     )
-    todo = [(name, stage) for name, stage in stages() if not study.workdir.done(name)]
+    todo = stages()
+    while todo and study.workdir.done(todo[0][0]):
+        todo.pop(0)
     if not todo:
         log(f"{workdir} is complete: nothing to do.")
-    for name, stage in todo:
+    for i, (name, stage) in enumerate(todo):
         timer = Timer()
         files = stage(study)
-        study.workdir.finish(name, files, timer.seconds)
+        later = [later for later, _ in todo[i + 1 :]]
+        study.workdir.finish(name, files, timer.seconds, later)
         log(f"{name}: {timer.seconds:.1f} s")
     return study.workdir.read_json(METRICS)
 
@@ -195,6 +206,11 @@ def stages() -> list[tuple[str, Callable[[Study], list[str]]]]:
 
 def write_refusal_tokens(study: Study) -> list[str]:
     """The first tokens of a refusal: from the config, or from the model's own baseline replies."""
+    for kind in KINDS:  # what is too long should be found out now, not after hours
+        for split in SPLITS:
+            prompts = study.encoded(study.prompts.texts(kind, split))
+            if split == "test":
+                check_room(prompts, study.config.generate.max_new_tokens, study.model.arch)
     given, text = study.config.refusal.token_ids, lambda i: study.chat.tokenizer.decode([i])
     if given:
         wrong = [i for i in given if not 0 <= i < study.model.arch.vocab]
@@ -209,11 +225,14 @@ def write_refusal_tokens(study: Study) -> list[str]:
     if not found:
         if study.config.selection.fallback != "least_bad":
             raise StudyError(
-                f"The model refused none of the {DISCOVERY_PROMPTS} or fewer harmful training prompts, "
-                "so there is no refusal to study and no refusal token to discover. Name the tokens in "
-                'refusal.token_ids, or go on anyway with selection.fallback="least_bad".'
+                f"The model refused none of the {DISCOVERY_PROMPTS} or fewer harmful training "
+                "prompts, so there is no refusal to study and no refusal token to discover. Name "
+                "the tokens in refusal.token_ids, or go on anyway with "
+                'selection.fallback="least_bad".'
             )
-        ids = {study.chat.tokenizer.encode(p, add_special_tokens=False)[0] for p in refusals.PHRASES}
+        ids = {
+            study.chat.tokenizer.encode(p, add_special_tokens=False)[0] for p in refusals.PHRASES
+        }
         found = [{"token_id": i, "text": text(i)} for i in sorted(ids)]
         origin = "first tokens of the refusal phrases; the model refused nothing"
     study.workdir.write_json(TOKENS, {"origin": origin, "tokens": found})
@@ -294,8 +313,8 @@ def _nothing_kept(study: Study, kind: str, split: str, scores: np.ndarray) -> st
     return (
         f"None of {len(scores)} {kind} {split} prompts has a refusal score "
         f"{'>' if SIGNS[kind] > 0 else '<'} 0; the nearest has {best:.3f}. The refusal tokens are "
-        f"{[(t['token_id'], t['text']) for t in tokens]}: if the model refuses in other words, name "
-        "them in refusal.token_ids; if it hardly refuses, set data.filter=False."
+        f"{[(t['token_id'], t['text']) for t in tokens]}: if the model refuses in other words, "
+        "name them in refusal.token_ids; if it hardly refuses, set data.filter=False."
     )
 
 
@@ -318,19 +337,21 @@ def write_selection(study: Study) -> list[str]:
     )
     study.workdir.write_jsonl(CANDIDATES, map(dataclasses.asdict, selection.table))
     study.workdir.write_tensors(DIRECTION, {"direction": selection.direction})
-    others = sorted(
-        x.refusal_score
+    chosen = selection.chosen
+    best = chosen.refusal_score
+    margins = [
+        x.refusal_score - best
         for x in selection.table
-        if x.kept and x is not selection.chosen and x.refusal_score is not None
-    )
+        if x.kept and x is not chosen and x.refusal_score is not None and best is not None
+    ]
     study.workdir.write_json(
         CHOICE,
         {
-            **dataclasses.asdict(selection.chosen),
+            **dataclasses.asdict(chosen),
             "token": study.chat.position_labels[selection.position],
             "norm": float(np.linalg.norm(selection.direction)),
             "fallback": selection.fallback,
-            "margin": others[0] - selection.chosen.refusal_score if others else None,
+            "margin": min(margins, default=None),
         },
     )
     return [CANDIDATES, DIRECTION, CHOICE]
@@ -410,7 +431,9 @@ def write_metrics(study: Study) -> list[str]:
                 for name in names
             },
             "by_category": {
-                name: {k: dataclasses.asdict(v) for k, v in refusals.by_category(rows[name]).items()}
+                name: {
+                    k: dataclasses.asdict(v) for k, v in refusals.by_category(rows[name]).items()
+                }
                 for name in names
             },
         },
@@ -435,3 +458,40 @@ def write_report(study: Study) -> list[str]:
         )
     study.workdir.write(REPORT, page.page(metrics, selection, labels).encode())
     return files
+
+
+def side_by_side(
+    workdir: str, instructions: list[str], max_new_tokens: int = 64, coefficient: float = 1.0
+) -> list[dict[str, str]]:
+    """Each instruction's reply unedited, with the run's direction ablated, subtracted and added.
+
+    All conditions are rows of one batch. Raises StudyError where the run is not finished.
+    """
+    path = Workdir.existing(workdir)
+    manifest = path.manifest["identity"]
+    if not path.done("selection"):
+        raise StudyError(f"{workdir} has no selected direction yet: finish the run first.")
+    config = configs.from_identity(
+        {k.removeprefix("config."): v for k, v in manifest.items() if k.startswith("config.")}
+    )
+    study = Study(config, path, None, locate(config.model.source), silent, lambda message: None)
+    choice, L = study.selection(), study.model.arch.layers
+    edits = {
+        "unedited": study.nothing,
+        "ablated": iv.ablate(choice.direction, L),
+        f"added x {-coefficient:g}": iv.add(
+            choice.direction, L, layer=choice.layer, coefficient=-coefficient
+        ),
+        f"added x {coefficient:g}": iv.add(
+            choice.direction, L, layer=choice.layer, coefficient=coefficient
+        ),
+    }
+    each = len(instructions)
+    replies = study.replies(
+        study.encoded(instructions * len(edits)),
+        iv.repeat(iv.rows(*edits.values()), each),
+        max_new_tokens,
+        "generate",
+    )
+    texts = [study.chat.decode(ids).strip() for ids in replies]
+    return [dict(zip(edits, texts[i::each], strict=True)) for i in range(each)]

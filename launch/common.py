@@ -1,10 +1,11 @@
 """What the entry points share: progress bars, log lines, and errors as one message."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
 
 
 def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
@@ -14,37 +15,61 @@ def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
     return tqdm(items, desc=title, leave=False, disable=not sys.stderr.isatty())
 
 
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar of training steps with the loss: call it with (step, of, loss)."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, disable=not sys.stderr.isatty()) as shown:
+
+        def update(step: int, steps: int, loss: float) -> None:
+            shown.total = steps
+            shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            shown.update(step - shown.n)
+
+        yield update
+
+
 def log(message: str) -> None:
     print(f"[{message}]" if not message.endswith(".") else message, file=sys.stderr, flush=True)
 
 
-def start(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs an entry point: checks the overrides, keeps compiled programs, words the errors."""
-    from jax_refusal import config
+def start(
+    main: Callable[[list[str]], None], arguments: list[str], schema: type | None = None
+) -> None:
+    """Runs an entry point: checks the flags, keeps compiled programs, words the errors."""
+
+    def parsed(given: list[str]) -> list[str]:
+        from jax_refusal import config
+
+        return flags.FLAGS(config.check_overrides(given, schema or config.RunConfig))
 
     def guarded(rest: list[str]) -> None:
         from jax_refusal.runtime.startup import keep_compiled_programs
 
         logging.set_verbosity(logging.WARNING)  # JAX says which backends it did not find
         keep_compiled_programs()
-        try:
-            main(rest)
-        except KeyboardInterrupt:
-            print(
-                "\nInterrupted. What was complete is kept: the same command goes on from there.",
-                file=sys.stderr,
-            )
-            sys.exit(130)
-        except ValueError as error:
-            # The project's own errors say what to do; a trace would bury it.
-            if not type(error).__module__.startswith("jax_refusal"):
-                raise
-            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-            sys.exit(2)
+        main(rest)
 
     try:
-        config.check_overrides(arguments)
-    except config.ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        app.run(guarded, argv=arguments, flags_parser=parsed)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. What was complete is kept: the same command goes on from there.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except (ValueError, flags.Error) as error:
+        # The project's own errors say what to do; a trace would bury it.
+        own = type(error).__module__.startswith("jax_refusal")
+        if not own and not isinstance(error, flags.Error):
+            raise
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
-    app.run(guarded, argv=arguments)
+
+
+def settings(config_flag: flags.FlagHolder) -> Any:
+    """The config of a --config flag, with its overrides."""
+    from jax_refusal import config
+
+    return config.empty_optional(config_flag.value, sys.argv)

@@ -2,23 +2,26 @@
 
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from launch import common
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and overrides of its fields.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's files; may be gs://...")
-flags.mark_flags_as_required(["config", "workdir"])
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, and overrides of its fields."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this run's files; may be gs://...", required=True
+)
+flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal import config, pipeline
+    from jax_refusal import pipeline
     from jax_refusal.report.page import closing_table
 
-    settings = config.parse_optional(CONFIG.value)
     metrics = pipeline.run(
-        settings, WORKDIR.value, progress=common.progress, log=common.log
+        common.settings(CONFIG), WORKDIR.value, progress=common.progress, log=common.log
     )
     print(f"\n{closing_table(metrics)}\n")
     print(f"direction: position {metrics['position']}, layer {metrics['layer']}")

@@ -62,8 +62,8 @@ class Chat:
         for i, prompt in enumerate(prompts):
             if self.context and len(prompt) > self.context:
                 raise ChatError(
-                    f"Instruction {i} ({instructions[i][:40]!r}...) makes a prompt of {len(prompt)} "
-                    f"tokens; the model's context is {self.context}."
+                    f"Instruction {i} ({instructions[i][:40]!r}...) makes a prompt of "
+                    f"{len(prompt)} tokens; the model's context is {self.context}."
                 )
         return prompts
 
@@ -112,7 +112,10 @@ def load_chat(source: str | Source, system: str | None = None) -> Chat:
     if found.gguf is not None:
         from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
 
-        tokenizer, config, generation = tokenizer_from_gguf(found.gguf), {}, {}
+        try:
+            tokenizer, config, generation = tokenizer_from_gguf(found.gguf), {}, {}
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{found.name} has no usable tokenizer: {error}") from error
     else:
         tokenizer = _from_directory(found)
         config = found.config()
@@ -121,17 +124,19 @@ def load_chat(source: str | Source, system: str | None = None) -> Chat:
         generation = read_json(path) if path.is_file() else {}
     if not tokenizer.chat_template:
         raise ChatError(
-            f"{found.name} has no chat template, so it is not a chat model. Use its instruct or chat "
-            "variant, or add a chat_template to its tokenizer_config.json."
+            f"{found.name} has no chat template, so it is not a chat model. Use its instruct or "
+            "chat variant, or add a chat_template to its tokenizer_config.json."
         )
-    stops = {tokenizer.eos_token_id}
-    for stated in (config.get("eos_token_id"), generation.get("eos_token_id")):
+    stops: set[Any] = set()
+    for fields in ({"eos_token_id": tokenizer.eos_token_id}, config, generation):
+        stated: Any = fields.get("eos_token_id")
         stops |= set(stated) if isinstance(stated, list) else {stated}
     context = config.get("max_position_embeddings", 0)
     chat = Chat(tokenizer, tuple(sorted(stops - {None})), context, system)
     # Where a template closes a turn with a special token, a reply ends there too, stated or not.
     turn_end = chat.post_instruction[0]
-    if turn_end in tokenizer.all_special_ids:
+    added = tokenizer.added_tokens_decoder.get(turn_end)
+    if turn_end in tokenizer.all_special_ids or (added is not None and added.special):
         chat = dataclasses.replace(chat, stop_ids=tuple(sorted({*chat.stop_ids, turn_end})))
     return chat
 
@@ -151,5 +156,5 @@ def _from_directory(source: Source) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise SourceError(f"{source.name} has no usable tokenizer: {error}") from error

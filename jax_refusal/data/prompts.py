@@ -1,10 +1,10 @@
 """Instruction sets: ours, the published ones, or a user's own; splits and the paper's sampling."""
 
 import dataclasses
+import http.client
 import json
 import os
 import random
-import urllib.error
 import urllib.request
 from importlib import resources
 from pathlib import Path
@@ -15,8 +15,8 @@ from jax_refusal.config import DataConfig
 SPLITS = ("train", "val", "test")
 KINDS = ("harmful", "harmless")
 
-# The published splits have one home: the authors' repository. Their harmful training split was drawn
-# without a seed, so it cannot be drawn again from AdvBench, MaliciousInstruct and TDC2023.
+# The published splits have one home: the authors' repository. Their harmful training split was
+# drawn without a seed, so it cannot be drawn again from AdvBench, MaliciousInstruct and TDC2023.
 PUBLISHED = (
     "https://raw.githubusercontent.com/andyrdt/refusal_direction/"
     "0b9c8bc56a73b42f595fd173156d4aefe9a9143c/dataset"
@@ -62,7 +62,7 @@ def load_prompts(config: DataConfig) -> Prompts:
         }
         prompts = Prompts(**pools)
     elif config.source == "paper":
-        prompts = _draw({kind: _published(config, kind) for kind in KINDS}, config)
+        prompts = _draw({kind: _published_splits(config, kind) for kind in KINDS}, config)
     else:
         prompts = _draw({kind: builtin(kind) for kind in KINDS}, config)
     _check_disjoint(prompts)
@@ -102,19 +102,22 @@ def _parse(rows: Any, name: str) -> list[Instruction]:
                 f'{name}, item {i}: {str(row)[:60]!r} has no "instruction" that is a text and not '
                 "empty."
             )
-        instructions.append(Instruction(text, row.get("category") or ""))
+        category = row.get("category") or ""
+        if not isinstance(category, str):
+            raise PromptError(f"{name}, item {i}: the category {category!r} is not a text.")
+        instructions.append(Instruction(text, category))
     return instructions
 
 
-def _published(config: DataConfig, kind: str) -> Split:
-    pool = {split: _published_file(config, f"{kind}_{split}") for split in SPLITS}
+def _published_splits(config: DataConfig, kind: str) -> Split:
+    pool = {split: published(config, f"{kind}_{split}") for split in SPLITS}
     if kind == "harmful":  # the paper tests on benchmark sets, not on the split
-        pool["test"] = _published_file(config, config.paper_test)
+        pool["test"] = published(config, config.paper_test)
     return pool
 
 
-def _published_file(config: DataConfig, name: str) -> list[Instruction]:
-    """A published set: from data.paper_dir, from the user's cache, or from its home, then cached."""
+def published(config: DataConfig, name: str) -> list[Instruction]:
+    """A published set: from data.paper_dir, the user's cache, or its home (and then cached)."""
     if config.paper_dir:
         for folder in FOLDERS:
             path = Path(config.paper_dir) / folder / f"{name}.json"
@@ -131,16 +134,21 @@ def _published_file(config: DataConfig, name: str) -> list[Instruction]:
         try:
             with urllib.request.urlopen(address, timeout=60) as response:
                 content = response.read()
-        except (urllib.error.URLError, TimeoutError) as error:
+            _parse(json.loads(content), address)
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise PromptError(
                 f"The published set {name} could not be fetched from {address} ({error}). Connect, "
                 'or point data.paper_dir at a copy of it, or use data.source="builtin".'
             ) from None
-        _parse(json.loads(content), address)
-        cached.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_bytes(content)
-        unfinished.rename(cached)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(content)
+            unfinished.rename(cached)
+        except OSError as error:
+            raise PromptError(f"{cached} cannot be written ({error.strerror}).") from None
+        finally:
+            unfinished.unlink(missing_ok=True)
     return read_instructions(cached)
 
 

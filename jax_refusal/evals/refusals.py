@@ -85,7 +85,7 @@ def refusal_tokens(
     """The first tokens that mark a refusal, most frequent first; empty where nothing is refused.
 
     A token counts if at least `least` of the refusals begin with it, and `ratio` times as large a
-    share of them as of the answers. Where no token stands out so, the most frequent one is returned.
+    share of them as of the answers. Where no token stands out so, it is the most frequent one.
     """
     refusals = collections.Counter(
         ids[0] for ids, no in zip(harmful_replies, harmful_refused, strict=True) if no and ids

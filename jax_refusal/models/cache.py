@@ -2,14 +2,15 @@
 
 Letters: B batch row, T token, C context slot, L layers, G key/value heads, K head width, N prefix
 tokens. Segments say which tokens may see each other: 0 is padding, SHARED is seen by every segment
-of its row, any other number is one prompt. A token sees the slots of its own segment (and the shared
-ones) whose position is not after its own; where in the row a token lies says nothing.
+of its row, any other number is one prompt. A token sees the slots of its own segment (and the
+shared ones) whose position is not after its own; where in the row a token lies says nothing.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_refusal.models.families import Architecture
 from jax_refusal.sharding import constrain
@@ -27,7 +28,7 @@ class Tokens:
     segments: jax.Array  # [B, T] int32
 
     @classmethod
-    def padded(cls, ids: jax.Array, mask: jax.Array | None = None) -> "Tokens":
+    def padded(cls, ids: jax.Array, mask: jax.Array | np.ndarray | None = None) -> "Tokens":
         """One prompt a row, padded anywhere; mask [B, T] is true at real tokens."""
         mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
@@ -39,8 +40,8 @@ class Tokens:
 class Cache:
     """Keys and values of the tokens seen so far, with room for more."""
 
-    k: jax.Array  # [L, B, C, G, K]
-    v: jax.Array  # [L, B, C, G, K]
+    k: jax.Array | tuple[jax.Array, ...]  # [L, B, G, C, K], or L times [B, G, C, K]
+    v: jax.Array | tuple[jax.Array, ...]
     positions: jax.Array  # [B, C]
     segments: jax.Array  # [B, C], PADDING where nothing is stored
     length: jax.Array  # int32 scalar: the slot that the next token goes to
@@ -49,22 +50,26 @@ class Cache:
         """Every row `times` times in succession."""
         return dataclasses.replace(
             self,
-            k=jnp.repeat(self.k, times, 1),
-            v=jnp.repeat(self.v, times, 1),
+            k=jnp.repeat(jnp.asarray(self.k), times, 1),
+            v=jnp.repeat(jnp.asarray(self.v), times, 1),
             positions=jnp.repeat(self.positions, times, 0),
             segments=jnp.repeat(self.segments, times, 0),
         )
 
     def grow(self, slots: int) -> "Cache":
         """Room for `slots` more tokens."""
-        room = [(0, 0), (0, 0), (0, slots), (0, 0), (0, 0)]
+        room = [(0, 0), (0, 0), (0, 0), (0, slots), (0, 0)]
         return dataclasses.replace(
             self,
-            k=jnp.pad(self.k, room),
-            v=jnp.pad(self.v, room),
+            k=jnp.pad(jnp.asarray(self.k), room),
+            v=jnp.pad(jnp.asarray(self.v), room),
             positions=jnp.pad(self.positions, [(0, 0), (0, slots)]),
             segments=jnp.pad(self.segments, [(0, 0), (0, slots)]),
         )
+
+    def unrolled(self) -> "Cache":
+        """One array a layer: an unrolled loop over layers then reads each without copying it."""
+        return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
     def note(self, tokens: Tokens) -> "Cache":
         """Records whose keys and values are about to be written at `length`."""
@@ -79,8 +84,8 @@ class Cache:
 
 
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape = (arch.layers, rows, slots, arch.kv_heads, arch.head_width)
-    axes = ("layers", "batch", None, "kv_heads", "head_width")
+    shape = (arch.layers, rows, arch.kv_heads, slots, arch.head_width)
+    axes = ("layers", "batch", "kv_heads", None, "head_width")
     return Cache(
         k=constrain(jnp.zeros(shape, dtype), *axes),
         v=constrain(jnp.zeros(shape, dtype), *axes),
@@ -88,6 +93,21 @@ def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         segments=jnp.full((rows, slots), PADDING, jnp.int32),
         length=jnp.int32(0),
     )
+
+
+def write(
+    store: jax.Array | tuple[jax.Array, ...],  # Cache.k or Cache.v
+    layer: jax.Array | int,
+    new: jax.Array,  # [B, G, T, K]
+    slot: jax.Array,
+) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
+    """Puts tokens into one layer's slots, in place where jit can; also returns that layer."""
+    if isinstance(store, tuple):
+        assert isinstance(layer, int)
+        own = jax.lax.dynamic_update_slice(store[layer], new, (0, 0, slot, 0))
+        return (*store[:layer], own, *store[layer + 1 :]), own
+    store = jax.lax.dynamic_update_slice(store, new[None], (layer, 0, 0, slot, 0))
+    return store, store[layer]
 
 
 def visible(

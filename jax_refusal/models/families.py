@@ -41,9 +41,8 @@ class Architecture:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    windows: tuple[
-        int, ...
-    ] = ()  # [L] sliding-window length in tokens, 0 is unlimited; () is all 0
+    # [L] sliding-window length in tokens, 0 is unlimited; () is all 0.
+    windows: tuple[int, ...] = ()
 
 
 class UnsupportedModel(ValueError):
@@ -57,55 +56,22 @@ FAMILIES: dict[str, frozenset[str]] = {
 }
 
 COMMON = frozenset(
-    [
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "hidden_act",
-        "tie_word_embeddings",
-    ]
+    """
+    hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
+    vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters
+    hidden_act tie_word_embeddings
+    """.split()
 )
 
 # Fields that say nothing about the forward pass at inference.
 NO_EFFECT = frozenset(
-    [
-        "model_type",
-        "architectures",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "initializer_range",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "attention_dropout",
-        "_name_or_path",
-        "_attn_implementation",
-        "attn_implementation",
-        "transformers.js_config",
-        "is_llama_config",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "unsloth_version",
-        "unsloth_fixed",
-        "keys_to_ignore_at_inference",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-    ]
+    """
+    model_type architectures torch_dtype dtype transformers_version use_cache initializer_range
+    bos_token_id eos_token_id pad_token_id attention_dropout _name_or_path _attn_implementation
+    attn_implementation transformers.js_config is_llama_config output_attentions
+    output_hidden_states return_dict unsloth_version unsloth_fixed keys_to_ignore_at_inference
+    problem_type id2label label2id chunk_size_feed_forward is_encoder_decoder
+    """.split()
 )
 
 # Fields whose other values would change the numbers: only these are computed here.

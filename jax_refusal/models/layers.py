@@ -30,7 +30,7 @@ def rms_norm(
     """Root-mean-square norm, in float32, scaled after the cast as Hugging Face does."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + epsilon)
-    return scale * normed.astype(x.dtype)
+    return scale[None, None] * normed.astype(x.dtype)
 
 
 def rope_frequencies(rope: Rope, width: int) -> np.ndarray:  # [K / 2], radians per token
@@ -53,7 +53,8 @@ def rope_angles(
     rope: Rope,
     width: int,
 ) -> tuple[jax.Array, jax.Array]:  # cos, sin [B, T, 1, K / 2], float32
-    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, width)
+    frequencies = rope_frequencies(rope, width)[None, None, None]
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -69,18 +70,18 @@ def rotate(
 
 def dot_product_attention(
     q: jax.Array,  # [B, T, H, K]
-    k: jax.Array,  # [B, C, G, K]
-    v: jax.Array,  # [B, C, G, K]
+    k: jax.Array,  # [B, G, C, K]
+    v: jax.Array,  # [B, G, C, K]
     allowed: jax.Array,  # [B, T, C] bool
 ) -> jax.Array:  # [B, T, H, K]
     """Grouped-query attention; the softmax is in float32."""
     B, T, H, K = q.shape
-    G = k.shape[2]
+    G = k.shape[1]
     q = q.reshape(B, T, G, H // G, K)
-    scores = einsum("btghk,bcgk->bghtc", q, k) * K**-0.5
+    scores = einsum("btghk,bgck->bghtc", q, k) * K**-0.5
     scores = jnp.where(allowed[:, None, None], scores.astype(jnp.float32), -1e30)
     weights = jax.nn.softmax(scores, -1).astype(q.dtype)
-    return einsum("bghtc,bcgk->btghk", weights, v).reshape(B, T, H, K)
+    return einsum("bghtc,bgck->btghk", weights, v).reshape(B, T, H, K)
 
 
 def gated_mlp(
@@ -93,6 +94,6 @@ def gated_mlp(
 ) -> jax.Array:  # [B, T, D]
     def affine(x, kernel, i):
         y = einsum("bti,io->bto", x, kernel)
-        return y if biases is None else y + biases[i]
+        return y if biases is None else y + biases[i][None, None]
 
     return affine(activation(affine(x, gate, 0)) * affine(x, up, 1), down, 2)

@@ -1,8 +1,8 @@
 """The one decoder: a stack of blocks in one scan, whose residual stream takes edits.
 
-Letters: B batch row, T token, C context slot, D residual width, L layers, H query heads, G key/value
-heads, K head width, F MLP width, V vocabulary, P kept positions, Q unembedded positions, N prefix
-tokens, R edit rows (1 or B).
+Letters: B batch row, T token, C context slot, D residual width, L layers, H query heads, G
+key/value heads, K head width, F MLP width, V vocabulary, P kept positions, Q unembedded positions,
+N prefix tokens, R edit rows (1 or B).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_refusal.interventions import Edit
 from jax_refusal.models import layers
-from jax_refusal.models.cache import Cache, Tokens, visible
+from jax_refusal.models.cache import Cache, Tokens, visible, write
 from jax_refusal.models.families import Architecture
 from jax_refusal.sharding import constrain
 
@@ -75,6 +75,23 @@ class Output:
 class Block(nnx.Module):
     """One decoder block; in a model every leaf is stacked on L."""
 
+    attn_norm: nnx.Param
+    q: nnx.Param
+    k: nnx.Param
+    v: nnx.Param
+    o: nnx.Param
+    mlp_norm: nnx.Param
+    gate: nnx.Param
+    up: nnx.Param
+    down: nnx.Param
+    q_bias: nnx.Param  # biases where the family has them
+    k_bias: nnx.Param
+    v_bias: nnx.Param
+    o_bias: nnx.Param
+    gate_bias: nnx.Param
+    up_bias: nnx.Param
+    down_bias: nnx.Param
+
     def __init__(self, arch: Architecture, leaves: Mapping[str, jax.Array]):
         self.arch = arch
         for name, value in leaves.items():
@@ -106,11 +123,13 @@ class Block(nnx.Module):
             k = layers.einsum("btd,dgk->btgk", x, self.k[...])
             v = layers.einsum("btd,dgk->btgk", x, self.v[...])
             if self.arch.qkv_bias:
-                q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+                q, k = q + self.q_bias[None, None], k + self.k_bias[None, None]
+                v = v + self.v_bias[None, None]
             q = constrain(q, "batch", None, "heads", "head_width")
-            mixed = attend(layers.rotate(q, angles), layers.rotate(k, angles), v)
+            k, v = layers.rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, T, K]
+            mixed = attend(layers.rotate(q, angles), k, v)
             out = layers.einsum("bthk,hkd->btd", mixed, self.o[...])
-            return out + self.o_bias[...] if self.arch.out_bias else out
+            return out + self.o_bias[None, None] if self.arch.out_bias else out
 
     def mlp(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         with jax.named_scope("mlp"):
@@ -150,6 +169,14 @@ class Transformer(nnx.Module):
             for path in names
         }
 
+    def unrolled(self) -> tuple[Block, ...]:
+        """The L blocks one by one. A loop that runs them many times reads each layer's weights
+        where they lie; a scan copies a layer out of the stack each time, which a CPU feels when a
+        step has few rows."""
+        return tuple(
+            jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks) for i in range(self.arch.layers)
+        )
+
     def __call__(self, tokens: Tokens, edit: Edit, **options: Any) -> Output:
         """Runs tokens through all layers; options as in `stream`."""
         return self.stream(self.embedded(tokens.ids), tokens, edit, **options)
@@ -168,6 +195,7 @@ class Transformer(nnx.Module):
         prefix: Cache | None = None,  # read only: N tokens in front of every row
         cache: Cache | None = None,  # read and written: the tokens before, and these
         span: tuple[jax.Array, jax.Array] | None = None,  # first layer to run, first not to run
+        blocks: tuple[Block, ...] | None = None,  # from `unrolled`: no scan, and nothing is kept
     ) -> Output:
         """The blocks, from a residual stream to a residual stream.
 
@@ -175,8 +203,8 @@ class Transformer(nnx.Module):
         `span` starts at a saved stream or stops early; the layers outside it leave stream and cache
         as they are, and keep nothing.
         """
-        if span is not None and keep is not None:
-            raise ValueError("span and keep cannot be combined.")
+        if keep is not None and (span is not None or blocks is not None):
+            raise ValueError("keep cannot be combined with span or blocks.")
         angles = layers.rope_angles(tokens.positions, self.arch.rope, self.arch.head_width)
         context_positions, context_segments = tokens.positions, tokens.segments
         if cache is not None:
@@ -201,13 +229,11 @@ class Transformer(nnx.Module):
             def attend(q, k, v):
                 nonlocal k_cache, v_cache
                 if cache is not None:
-                    at_slot = (index, 0, start, 0, 0)
-                    k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], at_slot)
-                    v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at_slot)
-                    k, v = k_cache[index], v_cache[index]
+                    k_cache, k = write(k_cache, index, k, start)
+                    v_cache, v = write(v_cache, index, v, start)
                 if prefix_kv is not None:
-                    k = jnp.concatenate([prefix_kv[0], k], 1)
-                    v = jnp.concatenate([prefix_kv[1], v], 1)
+                    k = jnp.concatenate([prefix_kv[0], k], 2)
+                    v = jnp.concatenate([prefix_kv[1], v], 2)
                 near = allowed if window is None else allowed & (distance < window)
                 return layers.dot_product_attention(q, k, v, near)
 
@@ -215,6 +241,7 @@ class Transformer(nnx.Module):
             return (x, k_cache, v_cache), kept
 
         def layer_in_span(carry, scanned):
+            assert span is not None
             inside = (span[0] <= scanned[0]) & (scanned[0] < span[1])
             return jax.lax.cond(inside, layer, lambda carry, _: (carry, {}), carry, scanned)
 
@@ -223,15 +250,20 @@ class Transformer(nnx.Module):
             longest = jnp.iinfo(jnp.int32).max
             windows = jnp.array([w or longest for w in self.arch.windows], jnp.int32)
         scanned = (
-            jnp.arange(self.arch.layers),
-            self.blocks,
             windows,
             edit.scanned(self.arch.layers),
             None if prefix is None else (prefix.k, prefix.v),
         )
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
         body = layer if span is None else layer_in_span
-        (x, k_cache, v_cache), kept = jax.lax.scan(body, carry, scanned)
+        if blocks is None:
+            scanned = (jnp.arange(self.arch.layers), self.blocks, *scanned)
+            (x, k_cache, v_cache), kept = jax.lax.scan(body, carry, scanned)
+        else:
+            for index, block in enumerate(blocks):
+                own = jax.tree.map(lambda a, i=index: a[i], scanned)
+                carry, _ = body(carry, (index, block, *own))
+            (x, k_cache, v_cache), kept = carry, {}
         if cache is not None:
             cache = dataclasses.replace(cache, k=k_cache, v=v_cache)
         return Output(x, kept, cache)

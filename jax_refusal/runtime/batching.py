@@ -1,20 +1,22 @@
 """Prompts into arrays of few shapes: packed rows for scoring, left-padded rows for generation.
 
 Letters: B batch row, T token, X prompts in a row, P post-instruction tokens, N prefix tokens. All
-prompts of a chat template begin with the same N tokens (system turn, header): they are computed once
-and left out of the rows.
+prompts of a chat template begin with the same N tokens (system turn, header): they are computed
+once and left out of the rows.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.data.chat import Chat, common_prefix
+from jax_refusal.data.chat import Chat, ChatError, common_prefix
 from jax_refusal.models.cache import PADDING, SHARED, Tokens
+from jax_refusal.models.families import Architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +28,37 @@ class Prompts:
     positions: int = 1  # P, trailing tokens that are read
 
     @classmethod
-    def encoded(cls, chat: Chat, instructions: Sequence[str]) -> "Prompts":
+    def encoded(
+        cls, chat: Chat, instructions: Sequence[str], arch: Architecture | None = None
+    ) -> "Prompts":
+        """Raises ChatError for a prompt that cannot be used, or (with arch) not by this model."""
         ids = chat.encode(instructions)
+        if arch is not None:
+            _check_fit(ids, arch)
         # The template's own share, not these prompts': the same N in every job compiles once.
         prefix = common_prefix([*chat.encode(("A", "Why?", "7")), *ids])
         positions = len(chat.post_instruction)
         suffix = list(chat.post_instruction)
         for instruction, prompt in zip(instructions, ids, strict=True):
             if prompt[-positions:] != suffix:
-                raise ValueError(
+                raise ChatError(
                     f"The prompt of {instruction[:40]!r} does not end in the template's tokens "
                     f"{suffix}; its text runs into the template."
                 )
         return cls(ids, min(prefix, min(map(len, ids)) - positions), positions)
+
+
+def _check_fit(prompts: Sequence[Sequence[int]], arch: Architecture) -> None:
+    largest, longest = max(map(max, prompts)), max(map(len, prompts))
+    if largest >= arch.vocab:
+        raise ChatError(
+            f"The tokenizer gives token {largest} and the model has {arch.vocab} tokens: they do "
+            "not belong together. Use the tokenizer that came with the weights."
+        )
+    if longest > arch.context:
+        raise ChatError(
+            f"A prompt has {longest} tokens and the model's context {arch.context}. Shorten it."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +77,10 @@ class Packed:
 def prefix_tokens(prompts: Prompts, rows: int) -> Tokens:
     """The shared tokens, for `rows` edits at once: [rows, N]."""
     ids = np.array(prompts.ids[0][: prompts.prefix], np.int32)
-    return Tokens(
-        ids=np.tile(ids, (rows, 1)),  # type: ignore[arg-type]  (numpy until it is placed)
-        positions=np.tile(np.arange(len(ids), dtype=np.int32), (rows, 1)),  # type: ignore[arg-type]
-        segments=np.full((rows, len(ids)), SHARED, np.int32),  # type: ignore[arg-type]
+    return host_tokens(
+        ids=np.tile(ids, (rows, 1)),
+        positions=np.tile(np.arange(len(ids), dtype=np.int32), (rows, 1)),
+        segments=np.full((rows, len(ids)), SHARED, np.int32),
     )
 
 
@@ -73,7 +93,7 @@ def pack(
     multiple: the number of rows is a multiple of this (the mesh's data axis).
     """
     parts = [ids[prompts.prefix :] for ids in prompts.ids]
-    bins, length = _bins([len(part) for part in parts], row_tokens)
+    bins, length = fit_rows([len(part) for part in parts], row_tokens)
     per_batch = max(multiple, batch_tokens // length // multiple * multiple)
     per_batch = min(per_batch, -(-len(bins) // multiple) * multiple)
     # Batches of one shape, the last as full as the others.
@@ -97,7 +117,7 @@ def pack(
                 segments[row, here] = x + 1
                 slots[row, x] = np.arange(end - prompts.positions, end)
                 prompt[row, x] = index
-        tokens = Tokens(ids=ids, positions=positions, segments=segments)  # type: ignore[arg-type]
+        tokens = host_tokens(ids, positions, segments)
         batches.append(Packed(tokens, slots, prompt))
     return batches
 
@@ -112,7 +132,7 @@ def left_padded(parts: Sequence[Sequence[int]], start: int, length: int) -> Toke
         ids[row, here] = part
         positions[row, here] = np.arange(len(part)) + start
         segments[row, here] = 1
-    return Tokens(ids=ids, positions=positions, segments=segments)  # type: ignore[arg-type]
+    return host_tokens(ids, positions, segments)
 
 
 def by_length(prompts: Prompts, batch_size: int) -> Iterator[np.ndarray]:
@@ -137,8 +157,13 @@ def place(tokens: Tokens, mesh: Mesh) -> Tokens:
     return jax.tree.map(lambda x: sharding.place(x, mesh, "batch", None), tokens)
 
 
-def _bins(lengths: list[int], row_tokens: int) -> tuple[list[list[int]], int]:
-    """Which items share a row, and the row length: the tokens spread evenly over the rows needed."""
+def host_tokens(ids: Any, positions: Any, segments: Any) -> Tokens:
+    """Numpy arrays as Tokens: `place` puts them on a mesh before they are used."""
+    return Tokens(ids=ids, positions=positions, segments=segments)
+
+
+def fit_rows(lengths: list[int], row_tokens: int) -> tuple[list[list[int]], int]:
+    """Which items share a row, and the row length: tokens spread evenly over the rows needed."""
     total, longest, step = sum(lengths), max(lengths), 32
     rows = -(-total // row_tokens)
     length = -(-max(longest, total // rows) // step) * step

@@ -14,6 +14,7 @@ from jax_refusal import interventions, sharding
 from jax_refusal.interventions import Intervention
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import Cache, Tokens
+from jax_refusal.models.families import Architecture
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, by_length, left_padded, place
 from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
@@ -40,7 +41,7 @@ class Sampling:
         return jax.lax.cond(self.temperature > 0, sample, greedy).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("room",))
+@partial(jax.jit, static_argnames=("room", "unroll"))
 def _generate(
     model: Transformer,
     tokens: Tokens,  # [B, T], left-padded
@@ -52,6 +53,7 @@ def _generate(
     finished: jax.Array,  # [B] rows that only fill up the batch
     *,
     room: int,  # slots for new tokens, at least `limit`
+    unroll: bool,  # steps run over single layers instead of a scan
 ) -> tuple[jax.Array, jax.Array]:  # ids [B, room], lengths [B] (stop token included)
     rows, slots = tokens.ids.shape
     if prefix is None:
@@ -59,6 +61,8 @@ def _generate(
     else:
         cache = prefix.repeat(rows // prefix.k.shape[1]).grow(slots + room)
     out = model(tokens, edit, cache=cache)
+    assert out.cache is not None
+    blocks, cache = (model.unrolled(), out.cache.unrolled()) if unroll else (None, out.cache)
     first = sampling.choose(model.unembed(out.x[:, -1:])[:, 0], jnp.int32(0))
 
     def running(state):
@@ -75,14 +79,28 @@ def _generate(
         )
         ids = jax.lax.dynamic_update_slice(ids, jnp.where(finished, -1, token)[:, None], (0, step))
         finished = finished | jnp.isin(token, stop_ids)
-        out = model(one, edit, cache=cache)
+        out = model(one, edit, cache=cache, blocks=blocks)
         token = sampling.choose(model.unembed(out.x)[:, 0], step + 1)
         return step + 1, token, position, finished, ids, out.cache
 
     ids = jnp.full((rows, room), -1, jnp.int32)
-    state = (jnp.int32(0), first, tokens.positions[:, -1] + 1, finished, ids, out.cache)
+    state = (jnp.int32(0), first, tokens.positions[:, -1] + 1, finished, ids, cache)
     ids = jax.lax.while_loop(running, advance, state)[4]
     return ids, (ids >= 0).sum(-1)
+
+
+class ContextError(ValueError):
+    """A prompt and its reply are longer than the model's context."""
+
+
+def check_room(prompts: Prompts, max_new_tokens: int, arch: Architecture) -> None:
+    longest = max(map(len, prompts.ids))
+    if longest + max_new_tokens > arch.context:
+        raise ContextError(
+            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+            f"context of {arch.context} tokens. Allow at most {max(0, arch.context - longest)} new "
+            "tokens, or shorten the prompts."
+        )
 
 
 def generate(
@@ -101,14 +119,9 @@ def generate(
     """New token ids of each prompt, in order; a reply's stop token is left out.
 
     Prompts of about equal length share a batch; the last batch is filled up, so few shapes compile.
-    Raises ValueError where a prompt and its reply would not fit the model's context.
+    Raises ContextError where a prompt and its reply would not fit the model's context.
     """
-    longest = max(map(len, prompts.ids))
-    if longest + max_new_tokens > model.arch.context:
-        raise ValueError(
-            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"context of {model.arch.context} tokens."
-        )
+    check_room(prompts, max_new_tokens, model.arch)
     if edit.unit.shape[0] not in (1, len(prompts.ids)):
         raise ValueError(
             f"The edit has {edit.unit.shape[0]} rows for {len(prompts.ids)} prompts; it needs one, "
@@ -142,6 +155,7 @@ def generate(
                 jnp.int32(max_new_tokens),
                 sharding.place(np.arange(size) >= len(members), mesh, "batch"),
                 room=bucket(max_new_tokens),
+                unroll=mesh.devices.flat[0].platform == "cpu",
             )
             ids, lengths = np.asarray(ids), np.asarray(lengths)
             for row, prompt in enumerate(members):

@@ -5,8 +5,8 @@ Letters: P post-instruction tokens, L layers, D residual width.
 
 import numpy as np
 
-# Below this share of the means' own length a difference is rounding, not a direction. (Block 0 reads
-# the embedding of template tokens that all prompts share: its difference is zero.)
+# Below this share of the means' own length a difference is rounding, not a direction. (Block 0
+# reads the embedding of template tokens that all prompts share: its difference is zero.)
 ROUNDING = 1e-5
 
 

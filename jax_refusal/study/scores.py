@@ -14,7 +14,7 @@ def refusal_score(
     logits: jax.Array,  # [..., V] at the last prompt token
     token_ids: jax.Array,  # refusal tokens
 ) -> jax.Array:  # [...], log odds in nats
-    """log(p + e) - log(1 - p + e) with p the probability that the reply starts with a refusal token.
+    """log(p + e) - log(1 - p + e), p the probability that the reply starts with a refusal token.
 
     1 - p is summed over the other tokens, so it keeps its digits in float32 when p is close to 1.
     """

@@ -1,11 +1,11 @@
 """Selecting one direction among all (position, layer) candidates (Arditi et al. 2024, appendix C).
 
 Letters: P post-instruction tokens, L layers, D residual width. The paper's three scores of a
-candidate: bypass (`refusal_score`: mean refusal score on harmful prompts with the direction ablated),
-induce (`steering_score`: the same on harmless prompts with the vector added at its layer) and KL
-(`kl_div_score`: how far ablation moves the next-token distribution on harmless prompts). A candidate
-passes with KL <= kl_threshold, induce >= induce_threshold and layer < int(L (1 - prune_layers)); the
-least bypass wins.
+candidate: bypass (`refusal_score`: mean refusal score on harmful prompts with the direction
+ablated), induce (`steering_score`: the same on harmless prompts with the vector added at its layer)
+and KL (`kl_div_score`: how far ablation moves the next-token distribution on harmless prompts). A
+candidate passes with KL <= kl_threshold, induce >= induce_threshold and layer <
+int(L (1 - prune_layers)); the least bypass wins.
 """
 
 import dataclasses
@@ -68,6 +68,8 @@ class Rule:
         known = c.steering_score is not None and c.kl_div_score is not None
         if not known or c.layer >= self.end or c.reason == ZERO:
             return math.inf
+        if c.refusal_score is not None and not math.isfinite(c.refusal_score):
+            return math.inf
         assert c.steering_score is not None and c.kl_div_score is not None
         gaps = (c.kl_div_score - self.kl_threshold, self.induce_threshold - c.steering_score)
         return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
@@ -92,7 +94,7 @@ class Selection:
 
 
 class Scorer(Protocol):
-    """Scores candidates, given as (position index 0..P-1, layer) pairs; each returns a float each."""
+    """Scores candidates, given as (position index 0..P-1, layer) pairs: a float for each."""
 
     def induce(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
     def kl(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
@@ -145,11 +147,13 @@ def select(
         return _selection(min(kept, key=_bypass), table, directions)
 
     fill("kl_div_score", scorer.kl, eligible)  # to say how near the others came
-    nearest = min(eligible, key=rule.shortfall)
-    if fallback != "least_bad" or math.isinf(rule.shortfall(nearest)):
-        raise SelectionError(_diagnosis(table, nearest, rule))
-    fill("refusal_score", scorer.bypass, [nearest])
-    return _selection(nearest, table, directions, fallback=True)
+    while True:
+        nearest = min(eligible, key=rule.shortfall, default=table[0])
+        if fallback != "least_bad" or math.isinf(rule.shortfall(nearest)):
+            raise SelectionError(_diagnosis(table, nearest, rule))
+        fill("refusal_score", scorer.bypass, [nearest])
+        if not math.isinf(rule.shortfall(nearest)):
+            return _selection(nearest, table, directions, fallback=True)
 
 
 def choose(table: Sequence[Candidate], rule: Rule) -> Candidate | None:

@@ -188,7 +188,7 @@ class Sweep:
         return [scores[c] / self.harmless_count for c in cells]
 
     def kl(self, cells: Cells) -> list[float]:
-        """Mean KL on harmless prompts between the model and the model with the candidate ablated."""
+        """Mean KL on harmless prompts from the model to the model with the candidate ablated."""
         with jax.set_mesh(self.mesh):
             base = [_base_logits(self.model, rows) for rows in self.harmless]
 

@@ -1,0 +1,65 @@
+"""Cross-entropy of given replies: what an edit costs where it should cost nothing (paper, 4.3).
+
+Letters: B packed rows, T token, N prefix tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jax_refusal.interventions import Edit
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.batching import Prompts, bucket, fit_rows, place, prefix_tokens
+from jax_refusal.runtime.collect import Progress, mesh_of, silent
+from jax_refusal.runtime.teach import cross_entropy, pack_pairs
+
+_cross_entropy = jax.jit(cross_entropy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Mean nats per reply token over all replies, and each reply's sum and length."""
+
+    nats: float
+    sums: np.ndarray  # [N replies]
+    tokens: np.ndarray  # [N replies]
+
+
+def reply_loss(
+    model: Transformer,
+    prompts: Prompts,
+    replies: Sequence[Sequence[int]],  # token ids, one reply for each prompt, none empty
+    edit: Edit,  # one row
+    *,
+    row_tokens: int = 256,
+    rows: int = 4,
+    progress: Progress = silent,
+    title: str = "loss",
+) -> Loss:
+    """Cross-entropy of the replies under the model with an edit, prompt tokens not counted."""
+    if len(replies) != len(prompts.ids) or not all(len(reply) for reply in replies):
+        raise ValueError(
+            f"{len(prompts.ids)} prompts need as many replies, none empty; given {len(replies)}."
+        )
+    pairs = [
+        (ids[prompts.prefix :], reply) for ids, reply in zip(prompts.ids, replies, strict=True)
+    ]
+    lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
+    length = max(row_tokens, bucket(max(lengths)))
+    packed, length = fit_rows(lengths, length)
+    mesh = mesh_of(model)
+    rows = -(-min(rows, len(packed)) // mesh.shape["data"]) * mesh.shape["data"]
+    sums, tokens = np.zeros(len(replies)), np.array([len(reply) for reply in replies])
+    with jax.set_mesh(mesh):
+        prefix = place(prefix_tokens(prompts, 1), mesh) if prompts.prefix else None
+        for start in progress(range(0, len(packed), rows), title):
+            members = packed[start : start + rows]
+            members += [[] for _ in range(rows - len(members))]
+            batch = pack_pairs([[pairs[i] for i in row] for row in members], prompts.prefix, length)
+            nats = np.asarray(_cross_entropy(model, edit, prefix, batch), np.float64)
+            for r, row in enumerate(members):
+                for number, i in enumerate(row):
+                    sums[i] = nats[r, batch.tokens.segments[r] == number + 1].sum()
+    return Loss(float(sums.sum() / tokens.sum()), sums, tokens)

@@ -1,0 +1,289 @@
+"""The PyTorch side of the benchmark: Hugging Face models and hooks, the way the paper's code works.
+
+Written from the protocol of Arditi et al. 2024: left-padded batches of 32 in the order given, no
+position ids, every position unembedded, edits made in place in float32. Nothing of jax_refusal is
+imported, so that this side starts without JAX. One function for each job of launch/bench.py; it
+takes the task (launch.bench_rows.task_of) and `timed`, and returns JSON values.
+
+Letters: B batch row, T token, P post-instruction tokens, L layers, D residual width, V vocabulary,
+N prompts, C candidates.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Task = dict[str, Any]
+Timed = Callable[[Callable[[], Any], int], dict[str, Any]]
+Ids = list[list[int]]
+Inputs = dict[str, Tensor]  # input_ids and attention_mask, [B, T]
+BATCH = 32
+
+
+def source(task: Task) -> dict[str, Any]:
+    """Where `from_pretrained` finds the model."""
+    gguf = {"gguf_file": task["gguf"]} if task["gguf"] else {}
+    return {
+        "pretrained_model_name_or_path": task["directory"],
+        "local_files_only": True,
+        **gguf,
+    }
+
+
+def load_model(task: Task) -> Any:
+    """The model in float32, with Hugging Face's default attention (sdpa)."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source(task), dtype=torch.float32)
+    # Greedy and with no stop token, whatever the checkpoint says: the other side's steps exactly.
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+    return model.eval()
+
+
+def load_tokenizer(task: Task) -> Any:
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(**source(task))
+
+
+def padded(ids: Ids) -> Inputs:
+    """Prompts in one batch, padded on the left."""
+    width = max(map(len, ids))
+    rows = [[0] * (width - len(row)) + row for row in ids]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+
+
+def batches(ids: Ids) -> Iterator[Inputs]:
+    for first in range(0, len(ids), BATCH):
+        yield padded(ids[first : first + BATCH])
+
+
+@contextmanager
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Hooks that were just registered, for as long as the context lasts."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+# collect: each way runs one batch and hands every block's input to `add(layer, x [B, T, D])`
+
+Add = Callable[[int, Tensor], None]
+
+
+def collect(task: Task, timed: Timed) -> dict[str, Any]:
+    """Mean block inputs of harmful and of harmless prompts, [2, P, L, D], in several ways."""
+    model = load_model(task)
+    config, positions = model.config, task["train"][0]["positions"]
+    shape = (positions, config.num_hidden_layers, config.hidden_size)
+
+    @torch.no_grad()
+    def means(run: Callable[[Inputs, Add], None]) -> list[Tensor]:
+        found = []
+        for kind in task["train"]:
+            total = torch.zeros(shape, dtype=torch.float64)
+
+            def add(layer: int, x: Tensor, total: Tensor = total) -> None:
+                total[:, layer] += x[:, -positions:].double().sum(0)
+
+            for inputs in batches(kind["ids"]):
+                run(inputs, add)
+            found.append(total / len(kind["ids"]))
+        return found
+
+    ways: dict[str, Any] = {}
+    for name, way in WAYS.items():
+        if name in OPTIONAL and importlib.util.find_spec(OPTIONAL[name]) is None:
+            ways[name] = {"missing": "not installed"}
+            continue
+        try:
+            run = way(model, task)
+            ways[name] = timed(lambda run=run: means(run), task["sizes"]["repeats"])
+            ways[name]["result"] = [x.tolist() for x in ways[name]["result"]]
+        except Exception as error:
+            if name not in OPTIONAL:
+                raise
+            # These libraries change often: one that fails is shown so and hides nothing else.
+            ways[name] = {"missing": f"failed: {type(error).__name__}: {error}"[:100]}
+    return {"ways": ways}
+
+
+def by_hooks(model: Any, task: Task) -> Callable[[Inputs, Add], None]:
+    def run(inputs: Inputs, add: Add) -> None:
+        def hook(layer: int) -> Callable[[Any, tuple[Tensor, ...]], None]:
+            return lambda _, args: add(layer, args[0])
+
+        blocks = enumerate(model.model.layers)
+        with hooked([block.register_forward_pre_hook(hook(i)) for i, block in blocks]):
+            model(**inputs)
+
+    return run
+
+
+def by_hidden_states(model: Any, task: Task) -> Callable[[Inputs, Add], None]:
+    def run(inputs: Inputs, add: Add) -> None:
+        # The last of them has left the last block.
+        states = model(**inputs, output_hidden_states=True).hidden_states[:-1]
+        for layer, x in enumerate(states):
+            add(layer, x)
+
+    return run
+
+
+def by_transformer_lens(model: Any, task: Task) -> Callable[[Inputs, Add], None]:
+    from transformer_lens.model_bridge import TransformerBridge  # pyright: ignore
+
+    bridge = TransformerBridge.boot_transformers(
+        task["directory"], hf_model=model, tokenizer=load_tokenizer(task), dtype=torch.float32
+    )
+    names = [f"blocks.{i}.hook_resid_pre" for i in range(model.config.num_hidden_layers)]
+
+    def run(inputs: Inputs, add: Add) -> None:
+        _, cache = bridge.run_with_cache(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            names_filter=lambda name: name in names,
+        )
+        for layer, name in enumerate(names):
+            add(layer, cache[name])
+
+    return run
+
+
+def by_nnsight(model: Any, task: Task) -> Callable[[Inputs, Add], None]:
+    from nnsight import LanguageModel  # pyright: ignore
+
+    wrapped = LanguageModel(model, tokenizer=load_tokenizer(task))
+
+    def run(inputs: Inputs, add: Add) -> None:
+        with wrapped.trace(inputs):
+            for layer, block in enumerate(wrapped.model.layers):
+                add(layer, block.input)
+
+    return run
+
+
+OPTIONAL = {"nnsight": "nnsight", "TransformerLens": "transformer_lens"}  # the modules
+# TransformerLens puts its own modules into the model, so it comes last.
+WAYS = {
+    "forward pre-hooks": by_hooks,
+    "output_hidden_states": by_hidden_states,
+    "nnsight": by_nnsight,
+    "TransformerLens": by_transformer_lens,
+}
+
+
+# select: three loops over the candidates, one full forward of all prompts in each
+
+
+def select(task: Task, timed: Timed) -> dict[str, Any]:
+    """KL, bypass and induce [nats] of the task's candidates, [C, 3]."""
+    model = load_model(task)
+    harmful, harmless = (kind["ids"] for kind in task["val"])
+    vectors = [torch.tensor(values, dtype=torch.float32) for values in task["vectors"]]  # [D] each
+    layers = [layer for _, layer in task["cells"]]
+    refusal = task["refusal_ids"]
+    base = last_logits(model, harmless)  # once for all candidates, so not in their time
+
+    def scores() -> list[list[float]]:
+        divergences, bypass, induce = [], [], []
+        for vector in vectors:
+            with hooked(ablation(model, vector)):
+                divergences.append(kl_divergence(base, last_logits(model, harmless)))
+        for vector in vectors:
+            with hooked(ablation(model, vector)):
+                bypass.append(refusal_score(last_logits(model, harmful), refusal))
+        for vector, layer in zip(vectors, layers, strict=True):
+            with hooked(addition(model, vector, layer)):
+                induce.append(refusal_score(last_logits(model, harmless), refusal))
+        return [list(row) for row in zip(divergences, bypass, induce, strict=True)]
+
+    return timed(scores, task["sizes"]["repeats"])
+
+
+@torch.no_grad()
+def last_logits(model: Any, ids: Ids) -> Tensor:  # [N, V], float64
+    return torch.cat([model(**inputs).logits[:, -1].double() for inputs in batches(ids)])
+
+
+def refusal_score(logits: Tensor, token_ids: list[int]) -> float:
+    """Mean log odds of a refusal token, 1e-8 inside both logs."""
+    p = logits.softmax(-1)[:, token_ids].sum(-1)
+    return float((torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)).mean())
+
+
+def kl_divergence(base: Tensor, edited: Tensor) -> float:
+    """Mean over prompts, 1e-6 inside both logs."""
+    p, q = base.softmax(-1), edited.softmax(-1)
+    return float((p * (torch.log(p + 1e-6) - torch.log(q + 1e-6))).sum(-1).mean())
+
+
+def ablation(model: Any, vector: Tensor) -> list[Any]:
+    """Hooks that take a direction out of block inputs and of what attention and MLP write."""
+
+    def remove(x: Tensor) -> None:
+        unit = vector / vector.norm()  # on every call, as the paper's hooks do
+        x -= (x @ unit)[..., None] * unit
+
+    def enter(_: Any, args: tuple[Tensor, ...]) -> None:
+        remove(args[0])
+
+    def leave(_module: Any, _args: Any, output: Any) -> None:
+        remove(output[0] if isinstance(output, tuple) else output)
+
+    handles = []
+    for block in model.model.layers:
+        handles.append(block.register_forward_pre_hook(enter))
+        handles.append(block.self_attn.register_forward_hook(leave))
+        handles.append(block.mlp.register_forward_hook(leave))
+    return handles
+
+
+def addition(model: Any, vector: Tensor, layer: int) -> list[Any]:
+    """A hook that adds the vector [D] to the input of one block."""
+
+    def enter(_: Any, args: tuple[Tensor, ...]) -> None:
+        args[0].add_(vector)
+
+    return [model.model.layers[layer].register_forward_pre_hook(enter)]
+
+
+# generate and start
+
+
+def new_ids(model: Any, inputs: Inputs, count: int) -> list[list[int]]:
+    """Greedy new tokens of each row, exactly `count`."""
+    ids = model.generate(**inputs, min_new_tokens=count, max_new_tokens=count)
+    return ids[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def generate(task: Task, timed: Timed) -> dict[str, Any]:
+    model, sizes = load_model(task), task["sizes"]
+    found = {}
+    for rows in sizes["rows"]:
+        inputs = padded(task["long"]["ids"][:rows])
+        found[str(rows)] = {
+            name: timed(
+                lambda inputs=inputs, count=count: new_ids(model, inputs, count), sizes["repeats"]
+            )
+            for name, count in (("many", sizes["new_tokens"]), ("one", 1))
+        }
+    return found
+
+
+def start(task: Task, timed: Timed) -> dict[str, Any]:
+    """From the instruction's text to its first new token; done is the clock at that token."""
+    tokenizer, model = load_tokenizer(task), load_model(task)
+    turns = [{"role": "user", "content": task["instruction"]}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    new = new_ids(model, padded([ids]), 1)
+    return {"done": time.time(), "ids": ids + new[0]}

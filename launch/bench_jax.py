@@ -1,0 +1,222 @@
+"""Our side of the benchmark, and the floors: one function for each job of launch/bench.py.
+
+Letters: P post-instruction tokens, L layers, D residual width, V vocabulary, G key/value heads, K
+head width. Functions take the task (launch.bench_rows.task_of) and `timed`, and return JSON values.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_refusal as jr
+from jax_refusal.models.families import Architecture
+from jax_refusal.runtime import collect as collection
+from jax_refusal.runtime import generate as generation
+from jax_refusal.runtime.batching import Prompts
+from jax_refusal.study import selection
+from jax_refusal.study.sweep import Sweep
+
+Task = dict[str, Any]
+Timed = Callable[[Callable[[], Any], int], dict[str, Any]]
+
+_compiled = 0.0  # seconds that XLA has compiled in this process
+
+
+def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
+    global _compiled
+    if event.endswith(("/backend_compile_duration", "/jaxpr_to_mlir_module_duration")):
+        _compiled += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+def machine(task: Task, timed: Timed) -> dict[str, float]:
+    """The rates that floors are made of: float32 products [GFLOP/s] and copying [GB/s]."""
+    side, megabytes = task["sizes"]["matmul"], task["sizes"]["copy_mb"]
+    a = jnp.ones((side, side), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    matmul = timed(lambda: product(a, a).block_until_ready(), 20)
+    # All cores copy: one alone may not fill the memory's bandwidth.
+    parts = os.cpu_count() or 1
+    source = np.array_split(np.ones(megabytes * 250_000, np.float32), parts)
+    target = np.array_split(np.zeros(megabytes * 250_000, np.float32), parts)
+    with ThreadPoolExecutor(parts) as pool:
+        copy = timed(lambda: list(pool.map(np.copyto, target, source)), 10)
+    return {
+        "gflops": 2 * side**3 / min(matmul["seconds"]) / 1e9,
+        "gb_s": 2 * megabytes / 1e3 / min(copy["seconds"]),  # read and written
+    }
+
+
+def block_weights(arch: Architecture) -> int:
+    """Matmul weights of all blocks: what a token is multiplied with, without the head."""
+    heads = arch.width * arch.head_width * (2 * arch.heads + 2 * arch.kv_heads)
+    return arch.layers * (heads + 3 * arch.width * arch.mlp_width)
+
+
+def head_weights(arch: Architecture) -> int:
+    return arch.vocab * arch.width
+
+
+def tokens(prompts: Prompts) -> int:
+    """Real tokens, the shared prefix once."""
+    return sum(map(len, prompts.ids)) - (len(prompts.ids) - 1) * prompts.prefix
+
+
+def _load(task: Task) -> tuple[Any, list[Prompts], list[Prompts], float]:
+    model = jr.load_model(task["source"])
+    train, val = ([Prompts(**kind) for kind in task[split]] for split in ("train", "val"))
+    return model, train, val, task["peaks"]["gflops"] * 1e9
+
+
+def _means(model: Any, kinds: list[Prompts]) -> list[np.ndarray]:  # harmful, harmless: [P, L, D]
+    nothing = jr.identity(model.arch.layers, model.arch.width)
+    return [collection.mean_activations(model, prompts, nothing)[0] for prompts in kinds]
+
+
+def collect(task: Task, timed: Timed) -> dict[str, Any]:
+    model, train, _, rate = _load(task)
+    found = timed(lambda: _means(model, train), task["sizes"]["repeats"])
+    flops = 2 * block_weights(model.arch)
+    return found | {
+        "result": [means.tolist() for means in found["result"]],
+        "floor": flops * sum(map(tokens, train)) / rate,
+        "floor_without_shared_prefix": flops * sum(len(i) for p in train for i in p.ids) / rate,
+    }
+
+
+def select(task: Task, timed: Timed) -> dict[str, Any]:
+    """The full grid, then the default mode under thresholds that the grid's scores give."""
+    del timed  # minutes a call: see _without_compiling
+    model, train, (harmful, harmless), rate = _load(task)
+    sizes, L = task["sizes"], model.arch.layers
+    directions = jr.difference(*_means(model, train))  # [P, L, D]
+    P, end = directions.shape[0], selection.Rule(L).end
+    cells = [(p, l) for p in range(P) for l in range(L) if directions[p, l].any()]
+    if sizes["grid"]:  # a zero difference is no candidate
+        cells = _spread([c for c in cells if c[1] < end], sizes["grid"])
+        chosen = np.zeros((P, L, 1))
+        chosen[tuple(np.transpose(cells))] = 1
+        directions = directions * chosen
+    sweep = Sweep(model, directions, harmful, harmless, task["refusal_ids"])
+
+    everything = selection.Rule(L, kl_threshold=math.inf, induce_threshold=-math.inf)
+    grid, grid_times = _without_compiling(
+        lambda: selection.select(directions, sweep, everything, full_grid=True),
+        sizes["grid_repeats"],
+    )
+    rule = _typical(grid.table, end, L)
+    expected = selection.choose([c for c in grid.table if c.reason != selection.ZERO], rule)
+    default, default_times = _without_compiling(
+        lambda: selection.select(directions, sweep, rule), sizes["grid_repeats"]
+    )
+    assert expected is not None
+    same = (default.position, default.layer) == (expected.position, expected.layer)
+
+    def floor(table: list[selection.Candidate]) -> float:
+        """Seconds for the scores in a table; an addition at layer l needs layers l and after."""
+        blocks, head = 2 * block_weights(model.arch), 2 * head_weights(model.arch)
+        flops = 2 * (blocks * tokens(harmless) + head * len(harmless.ids))  # unedited: KL, induce
+        for c in table:
+            for score, prompts, share in (
+                (c.kl_div_score, harmless, 1.0),
+                (c.refusal_score, harmful, 1.0),
+                (c.steering_score, harmless, 1 - c.layer / L),
+            ):
+                if score is not None:
+                    flops += share * blocks * tokens(prompts) + head * len(prompts.ids)
+        return flops / rate
+
+    def scored(table: list[selection.Candidate]) -> dict[str, int]:
+        names = ("steering_score", "kl_div_score", "refusal_score")
+        return {name: sum(getattr(c, name) is not None for c in table) for name in names}
+
+    both = _spread(cells, sizes["candidates"])  # the ones that the hooks side scores too
+    found = [selection.find(grid.table, p - P, l) for p, l in both]
+    facts = {"kl_threshold": rule.kl_threshold, "induce_threshold": rule.induce_threshold}
+    return {
+        "candidates": len(cells) if sizes["grid"] else P * L,
+        "full grid": grid_times | {"floor": floor(grid.table), "scored": scored(grid.table)},
+        "default mode": default_times
+        | {"floor": floor(default.table), "scored": scored(default.table)}
+        | {"same_winner": same, **facts},
+        "cells": both,
+        "vectors": [directions[cell].tolist() for cell in both],
+        "scores": [[c.kl_div_score, c.refusal_score, c.steering_score] for c in found],
+    }
+
+
+def _without_compiling(call: Callable[[], Any], repeats: int) -> tuple[Any, dict[str, list[float]]]:
+    """A call of minutes, without one before it: its seconds less those that XLA compiled."""
+    result, times = None, {"seconds": [], "compile_seconds": []}
+    for _ in range(repeats):
+        began, compiled = time.perf_counter(), _compiled
+        result = call()
+        times["compile_seconds"].append(_compiled - compiled)
+        times["seconds"].append(time.perf_counter() - began - times["compile_seconds"][-1])
+    return result, times
+
+
+def _typical(table: list[selection.Candidate], end: int, layers: int) -> selection.Rule:
+    """Thresholds that a third of the eligible pass on induce, and half of those on KL."""
+
+    def between(values: list[float], count: int) -> float:
+        """A threshold with `count` values below it, halfway to the next: no score lies on it."""
+        values = sorted(values)
+        return (values[count - 1] + values[count]) / 2 if count < len(values) else values[-1] + 1
+
+    eligible = [c for c in table if c.steering_score is not None and c.layer < end]
+    induce = -between([-(c.steering_score or 0.0) for c in eligible], -(-len(eligible) // 3))
+    passing = [c for c in eligible if (c.steering_score or 0.0) >= induce]
+    kl = between([c.kl_div_score or 0.0 for c in passing], -(-len(passing) // 2))
+    return selection.Rule(layers, kl_threshold=kl, induce_threshold=induce)
+
+
+def _spread(cells: list[Any], count: int) -> list[Any]:
+    """`count` of the cells, evenly spaced."""
+    count = min(count, len(cells))
+    return [cells[int((i + 0.5) * len(cells) / count)] for i in range(count)]
+
+
+def generate(task: Task, timed: Timed) -> dict[str, Any]:
+    sizes, arch_task = task["sizes"], task["long"]
+    model, _, _, rate = _load(task)
+    arch, nothing = model.arch, jr.identity(model.arch.layers, model.arch.width)
+    weights = block_weights(arch) + head_weights(arch)
+    length = float(np.mean([len(ids) for ids in arch_task["ids"]]))
+    context = length + sizes["new_tokens"] / 2  # tokens in the cache, on average
+    found: dict[str, Any] = {"prompt_tokens": length}
+    for rows in sizes["rows"]:
+        prompts = Prompts(**arch_task | {"ids": arch_task["ids"][:rows]})
+
+        def call(new: int, prompts: Prompts = prompts, rows: int = rows) -> list[list[int]]:
+            return generation.generate(
+                model, prompts, nothing, stop_ids=(), max_new_tokens=new, batch_size=rows
+            )
+
+        cache = 2 * arch.layers * arch.kv_heads * arch.head_width * context * rows
+        memory = 4 * (weights + cache) / (task["peaks"]["gb_s"] * 1e9)
+        found[str(rows)] = {
+            "many": timed(lambda call=call: call(sizes["new_tokens"]), sizes["repeats"]),
+            "one": timed(lambda call=call: call(1), sizes["repeats"]),
+            "floor": 1000 * max(memory, 2 * weights * rows / rate),  # ms
+        }
+    return found
+
+
+def start(task: Task, timed: Timed) -> dict[str, Any]:
+    """From the instruction's text to its first new token; done is the clock at that token."""
+    del timed
+    chat, model = jr.load_chat(task["source"]), jr.load_model(task["source"])
+    prompts = Prompts.encoded(chat, [task["instruction"]])
+    nothing = jr.identity(model.arch.layers, model.arch.width)
+    new = generation.generate(model, prompts, nothing, stop_ids=(), max_new_tokens=1)
+    return {"done": time.time(), "ids": prompts.ids[0] + new[0]}

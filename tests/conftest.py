@@ -1,0 +1,86 @@
+"""Strict settings for every test, and the models that tests share.
+
+The settings are made before jax starts: eight devices on one CPU, so that sharding is tested
+without hardware, and no hub.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import jax_refusal as jr
+from jax_refusal.data.chat import Chat
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.sources import locate
+from tests import tiny
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Every test compiles for itself: a stored program could hide what compiling says.
+jax.config.update("jax_enable_compilation_cache", False)
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Tiny models compile for longer than they run, so the default suite compiles carelessly, which
+    # takes a quarter of the time. The slow tests compile as a run does.
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a tiny checkpoint (`tiny.write_checkpoint`), or finds the same one again."""
+    written: dict[str, Path] = {}
+
+    def write(**fields: Any) -> Path:
+        key = repr(sorted(fields.items()))
+        if key not in written:
+            written[key] = tiny.write_checkpoint(tmp_path_factory.mktemp("tiny"), **fields)
+        return written[key]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(checkpoint: Callable[..., Path]) -> Path:
+    """A tiny random Llama with grouped queries: L = 4, D = 64, H = 4, G = 2."""
+    return checkpoint()
+
+
+@pytest.fixture(scope="session")
+def model(tiny_dir: Path) -> Transformer:
+    return jr.load_model(str(tiny_dir))
+
+
+@pytest.fixture(scope="session")
+def chat(tiny_dir: Path) -> Chat:
+    return jr.load_chat(str(tiny_dir))
+
+
+@pytest.fixture(scope="session")
+def hf(tiny_dir: Path) -> PreTrainedModel:
+    """The same checkpoint as Hugging Face runs it."""
+    return tiny.hf_model(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def smollm2_hf() -> PreTrainedModel:
+    """SmolLM2-135M-Instruct as Hugging Face reads and runs the GGUF file of `jr.SMOLLM2`."""
+    path = locate(jr.SMOLLM2).gguf
+    assert path is not None
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()

@@ -1,0 +1,454 @@
+"""A whole run on a tiny checkpoint: its files, and that it goes on wherever it was stopped."""
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedModel
+
+import jax_refusal as jr
+from jax_refusal import pipeline
+from jax_refusal.artifacts import WorkdirError
+from jax_refusal.data.chat import Chat
+from jax_refusal.data.prompts import KINDS, load_prompts
+from jax_refusal.evals.refusals import is_refusal, rate
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.study.selection import SelectionError
+from tests import oracle, runs, tiny
+from tests.runs import STAGES, contents, results, run, small
+
+P, L, D = 5, 4, 64
+COMPLETIONS = (
+    "harmful_baseline",
+    "harmful_ablation",
+    "harmful_addition",
+    "harmless_baseline",
+    "harmless_addition",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of an uninterrupted run; tests must not change it."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    log = run(small(tiny_dir), workdir)
+    assert runs.stages_run(log) == STAGES
+    return workdir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be broken."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def cut_after(workdir: Path, stage: str) -> None:
+    """Makes it the workdir of a run that was killed between this stage and the next."""
+    manifest = runs.manifest(workdir)
+    for name in STAGES[STAGES.index(stage) + 1 :]:
+        for file in manifest["stages"].pop(name)["files"]:
+            (workdir / file).unlink()
+    (workdir / "manifest.json").write_text(json.dumps(manifest))
+
+
+# What a run leaves
+
+
+def test_every_file_is_there_and_nothing_else(finished: Path):
+    assert set(contents(finished)) == {
+        "manifest.json",
+        "refusal_tokens.json",
+        "directions/means.safetensors",
+        "directions/filter.json",
+        "selection/candidates.jsonl",
+        "selection/direction.safetensors",
+        "selection/direction.json",
+        *(f"completions/{name}.jsonl" for name in COMPLETIONS),
+        "metrics.json",
+        "report.md",
+        "plots/bypass.png",
+        "plots/induce.png",
+        "plots/kl.png",
+    }
+
+
+def test_manifest(finished: Path, tiny_dir: Path):
+    manifest = runs.manifest(finished)
+    identity = manifest["identity"]
+    assert identity["config.model.source"] == str(tiny_dir)
+    assert identity["config.data.n_train"] == 6
+    for name in ("model", "data", "template", "tokenizer"):
+        assert re.fullmatch("[0-9a-f]{64}", identity[name])
+    assert "config.generate.batch_size" not in identity
+    assert list(manifest["stages"]) == STAGES
+    listed = {k: v for stage in manifest["stages"].values() for k, v in stage["files"].items()}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in results(finished).items()}
+    assert listed == hashes
+
+
+def test_means_are_those_of_the_oracle(
+    finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel
+):
+    tensors = load_file(finished / "directions/means.safetensors")
+    assert {name: (x.shape, x.dtype.name) for name, x in tensors.items()} == {
+        name: ((P, L, D), "float32") for name in ("mean_harmful", "mean_harmless", "mean_diffs")
+    }
+    prompts = load_prompts(small(tiny_dir).data)
+    for kind in KINDS:
+        expected = oracle.mean_activations(hf, chat.encode(prompts.texts(kind, "train")), P)
+        np.testing.assert_allclose(tensors[f"mean_{kind}"], expected, atol=2e-4)
+    gap = tensors["mean_harmful"] - tensors["mean_harmless"]
+    np.testing.assert_allclose(tensors["mean_diffs"], gap, atol=1e-5)
+
+
+def test_candidates_are_scored_and_chosen_as_by_the_oracle(
+    finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel
+):
+    table = runs.rows(finished / "selection/candidates.jsonl")
+    fields = "position layer refusal_score steering_score kl_div_score kept reason".split()
+    assert all(list(row) == fields for row in table)
+    cells = [(row["position"], row["layer"]) for row in table]
+    assert cells == [(p, layer) for p in range(-P, 0) for layer in range(L)]
+    prompts = load_prompts(small(tiny_dir).data)
+    expected = oracle.candidate_scores(
+        hf,
+        load_file(finished / "directions/means.safetensors")["mean_diffs"],
+        *(chat.encode(prompts.texts(kind, "val")) for kind in KINDS),
+        small(tiny_dir).refusal.token_ids,
+    )
+    by_cell = {(row["position"], row["layer"]): row for row in expected}
+    for row in table:
+        if row["layer"] in (0, 3):  # all prompts share the template's embeddings; pruned
+            assert not row["kept"] and row["refusal_score"] is None
+            assert row["reason"].startswith("zero" if row["layer"] == 0 else "layer 3 >= 3")
+            continue
+        assert row["kept"] and not row["reason"]
+        for name in fields[2:5]:
+            assert row[name] == pytest.approx(
+                by_cell[row["position"], row["layer"]][name], abs=2e-3
+            )
+    best = min((row for row in table if row["kept"]), key=lambda row: row["refusal_score"])
+    choice = json.loads((finished / "selection/direction.json").read_text())
+    assert {name: choice[name] for name in fields} == best
+    assert choice["token"] == chat.position_labels[best["position"]]
+    assert choice["fallback"] is False
+    others = [row["refusal_score"] for row in table if row["kept"] and row is not best]
+    assert choice["margin"] == pytest.approx(min(others) - best["refusal_score"])
+
+
+def test_the_direction_is_the_chosen_difference_of_means(finished: Path):
+    choice = json.loads((finished / "selection/direction.json").read_text())
+    diffs = load_file(finished / "directions/means.safetensors")["mean_diffs"]
+    stored = load_file(finished / "selection/direction.safetensors")
+    assert list(stored) == ["direction"]
+    np.testing.assert_array_equal(stored["direction"], diffs[choice["position"], choice["layer"]])
+    assert choice["norm"] == pytest.approx(float(np.linalg.norm(stored["direction"])))
+
+
+@pytest.mark.parametrize("name", COMPLETIONS)
+def test_completions(name: str, finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel):
+    """One row for every test prompt, in order, with the oracle's greedy reply under the edit."""
+    kind, edit = name.split("_")
+    test = getattr(load_prompts(small(tiny_dir).data), kind)["test"]
+    rows = runs.rows(finished / f"completions/{name}.jsonl")
+    assert all(list(row) == "instruction category response refused".split() for row in rows)
+    assert [(r["instruction"], r["category"]) for r in rows] == [(i.text, i.category) for i in test]
+    assert [row["refused"] for row in rows] == [is_refusal(row["response"]) for row in rows]
+
+    choice = json.loads((finished / "selection/direction.json").read_text())
+    vector = load_file(finished / "selection/direction.safetensors")["direction"]
+    hooks = {
+        "baseline": lambda: oracle.ablation_hooks(hf, 0 * vector),
+        "ablation": lambda: oracle.ablation_hooks(hf, vector),
+        "addition": lambda: oracle.addition_hooks(
+            hf, vector, choice["layer"], 1.0 if kind == "harmless" else -1.0
+        ),
+    }
+    with hooks[edit]():
+        replies = oracle.greedy(hf, chat.encode([i.text for i in test]), 8, chat.stop_ids)
+    assert [row["response"] for row in rows] == [chat.decode(ids).strip() for ids in replies]
+
+
+def test_the_edits_change_the_replies(finished: Path):
+    replies = {name: contents(finished)[f"completions/{name}.jsonl"] for name in COMPLETIONS}
+    assert len(set(replies.values())) == len(COMPLETIONS)
+
+
+def test_metrics_are_those_of_the_files(finished: Path):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    choice = json.loads((finished / "selection/direction.json").read_text())
+    for name in COMPLETIONS:
+        refused = [row["refused"] for row in runs.rows(finished / f"completions/{name}.jsonl")]
+        assert metrics["refusal"][name] == rate(refused).__dict__
+        parts = metrics["by_category"][name].values()
+        assert sum(part["n"] for part in parts) == len(refused)
+    assert (metrics["position"], metrics["layer"]) == (choice["position"], choice["layer"])
+    assert metrics["layers"] == L and metrics["kept"] == 10
+    assert metrics["bypass"] == choice["refusal_score"]
+    assert metrics["prompts"]["harmful train"] == "6 of 6"
+    assert [t["token_id"] for t in metrics["refusal_tokens"]["tokens"]] == [40, 43]
+    assert metrics["refusal_tokens"]["origin"] == "config"
+
+
+def test_report(finished: Path, tiny_dir: Path):
+    report = (finished / "report.md").read_text()
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert report.startswith(f"# Refusal direction of {tiny_dir}\n")
+    assert f"Position {metrics['position']}" in report
+    assert f"layer {metrics['layer']} of 4" in report
+    baseline = metrics["refusal"]["harmful_baseline"]
+    assert f"| harmful, unedited | {baseline['count']}/3 = " in report
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", report)
+    assert len(plots) == 3
+    for plot in plots:
+        data = (finished / plot).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000
+
+
+# Run again
+
+
+def test_a_second_run_does_nothing_and_says_so(finished: Path, tiny_dir: Path, monkeypatch):
+    def no_model(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(pipeline, "load_model", no_model)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    log = run(small(tiny_dir), finished)
+    assert log == [f"{finished} is complete: nothing to do."]
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_how_it_is_computed_may_change(finished: Path, tiny_dir: Path):
+    config = small(
+        tiny_dir,
+        mesh__data=-1,
+        mesh__model=2,
+        generate__batch_size=1,
+        compute__row_tokens=64,
+        compute__batch_tokens=128,
+    )
+    assert run(config, finished) == [f"{finished} is complete: nothing to do."]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.n_train", 7),
+        ("data.seed", None),
+        ("data.filter", True),
+        ("model.dtype", "bfloat16"),
+        ("model.system", "Be brief."),
+        ("refusal.token_ids", (40,)),
+        ("selection.kl_threshold", 0.1),
+        ("generate.max_new_tokens", 9),
+        ("generate.seed", 1),
+    ],
+)
+def test_what_is_computed_may_not_change(field, value, copy: Path, tiny_dir: Path):
+    before = contents(copy)
+    with pytest.raises(WorkdirError) as error:
+        run(small(tiny_dir, **{field.replace(".", "__"): value}), copy)
+    assert f"config.{field}: there " in str(error.value)
+    assert "Choose another --workdir" in str(error.value)
+    assert contents(copy) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(copy: Path, tiny_dir: Path, tmp_path: Path):
+    moved = tmp_path / "model"
+    tiny.write_checkpoint(moved, seed=1)
+    manifest = runs.manifest(copy)
+    manifest["identity"]["config.model.source"] = str(moved)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(WorkdirError, match=r"model: there '[0-9a-f]+', now '[0-9a-f]+'"):
+        run(small(moved), copy)
+
+
+# Stopped and gone on
+
+
+@pytest.mark.parametrize("stage", ["refusal tokens", "selection", "harmful baseline"])
+def test_a_run_that_was_killed_goes_on_after_the_last_complete_stage(
+    stage: str, copy: Path, finished: Path, tiny_dir: Path
+):
+    cut_after(copy, stage)
+    log = run(small(tiny_dir), copy)
+    assert runs.stages_run(log) == STAGES[STAGES.index(stage) + 1 :]
+    assert results(copy) == results(finished)
+
+
+def test_files_of_a_stage_that_was_not_listed_yet_are_made_again(
+    copy: Path, finished: Path, tiny_dir: Path
+):
+    """Killed after the file was renamed and before the manifest was: half of another run's file."""
+    half = (copy / "completions/harmful_ablation.jsonl").read_bytes()[:100]
+    cut_after(copy, "harmful baseline")
+    (copy / "completions/harmful_ablation.jsonl").write_bytes(half)
+    (copy / "completions/.harmful_addition.jsonl.tmp").write_bytes(half)
+    run(small(tiny_dir), copy)
+    assert results(copy) == results(finished)
+
+
+def test_an_interrupt_in_the_middle_of_a_stage_leaves_it_to_the_next_run(
+    finished: Path, tiny_dir: Path, tmp_path: Path
+):
+    workdir = tmp_path / "run"
+    for title, done in (("means: harmless", 1), ("select", 2), ("harmless baseline", 6)):
+        with pytest.raises(KeyboardInterrupt):
+            run(small(tiny_dir), workdir, progress=runs.stop_at(title))
+        manifest = runs.manifest(workdir)
+        assert list(manifest["stages"]) == STAGES[:done]
+        listed = {name for stage in manifest["stages"].values() for name in stage["files"]}
+        assert set(contents(workdir)) == listed | {"manifest.json"}
+    run(small(tiny_dir), workdir)
+    assert results(workdir) == results(finished)
+
+
+def edit_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: x * 1.001 for name, x in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("refusal_tokens.json", "refusal tokens"),
+        ("directions/means.safetensors", "means"),
+        ("selection/candidates.jsonl", "selection"),
+        ("completions/harmful_addition.jsonl", "harmful addition"),
+        ("plots/kl.png", "report"),
+    ],
+)
+def test_a_file_that_was_changed_or_lost_is_made_again_with_all_that_follows(
+    file: str, stage: str, copy: Path, finished: Path, tiny_dir: Path
+):
+    if file.endswith("safetensors"):
+        edit_tensor(copy / file)
+    elif file.endswith("png"):
+        (copy / file).unlink()
+    else:
+        (copy / file).write_bytes((copy / file).read_bytes() + b"\n")
+    log = run(small(tiny_dir), copy)
+    assert runs.stages_run(log) == STAGES[STAGES.index(stage) :]
+    assert results(copy) == results(finished)
+
+
+def test_what_follows_a_stage_made_again_is_never_taken_from_before(copy: Path, tiny_dir: Path):
+    """The run that makes a stage again may itself be stopped right after it."""
+    edit_tensor(copy / "directions/means.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        run(small(tiny_dir), copy, progress=runs.stop_at("select"))
+    assert list(runs.manifest(copy)["stages"]) == ["refusal tokens", "means"]
+
+
+def test_another_batch_size_goes_on_to_the_same_replies(copy: Path, finished: Path, tiny_dir: Path):
+    cut_after(copy, "selection")
+    run(small(tiny_dir, generate__batch_size=2), copy)
+    assert results(copy) == results(finished)
+
+
+def test_thresholds_may_be_moved_where_nothing_was_selected(tiny_dir: Path, tmp_path: Path):
+    """What the error advises is possible, and keeps what was computed."""
+    strict = {"selection__kl_threshold": 0.0, "selection__induce_threshold": 100.0}
+    with pytest.raises(SelectionError, match=r'selection\.fallback="least_bad"'):
+        run(small(tiny_dir, **strict), tmp_path)
+    assert list(runs.manifest(tmp_path)["stages"]) == ["refusal tokens", "means"]
+    log = run(small(tiny_dir, **strict, selection__fallback="least_bad"), tmp_path)
+    assert runs.stages_run(log) == STAGES[2:]
+    assert json.loads((tmp_path / "metrics.json").read_text())["fallback"] is True
+    assert "No candidate passed the thresholds" in (tmp_path / "report.md").read_text()
+
+
+def test_killed_by_the_system_and_gone_on(finished: Path, tiny_dir: Path, tmp_path: Path):
+    """SIGKILL to a process of its own as soon as the first replies are there."""
+    config = runs.write_config(tmp_path / "config.py", tiny_dir)
+    workdir, first = tmp_path / "run", tmp_path / "run/completions/harmful_baseline.jsonl"
+    process = runs.start(tmp_path / "cache", f"--config={config}", f"--workdir={workdir}")
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+    assert "metrics.json" not in contents(workdir)
+    log = run(small(tiny_dir), workdir)
+    assert "means" not in runs.stages_run(log)
+    assert runs.stages_run(log)[-1] == "report"
+    ours, theirs = results(workdir), results(finished)
+    assert ours["metrics.json"] == theirs["metrics.json"]
+    for name in COMPLETIONS:
+        assert ours[f"completions/{name}.jsonl"] == theirs[f"completions/{name}.jsonl"]
+
+
+# Other settings
+
+
+def test_sampled_replies_are_reproducible(copy: Path, tiny_dir: Path, tmp_path: Path):
+    """The same seed gives the same replies, in one go or in two; another seed gives others."""
+    cut_after(copy, "selection")
+    replies = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        workdir = Path(shutil.copytree(copy, tmp_path / name))
+        config = small(tiny_dir, generate__temperature=1.0, generate__seed=seed)
+        if name == "b":
+            with pytest.raises(KeyboardInterrupt):
+                run(config, workdir, progress=runs.stop_at("harmful addition"))
+        run(config, workdir)
+        files = results(workdir)
+        replies[name] = {key: files[f"completions/{key}.jsonl"] for key in COMPLETIONS}
+    assert replies["a"] == replies["b"]
+    assert all(replies["a"][key] != replies["c"][key] for key in COMPLETIONS)
+
+
+def test_the_filter_keeps_prompts_by_the_sign_of_their_score(
+    tiny_dir: Path, tmp_path: Path, chat: Chat, hf: PreTrainedModel
+):
+    """With tokens that share the probability about evenly, prompts fall on both sides of zero."""
+    ids = tuple(range(0, len(chat.tokenizer), 2))
+    config = small(
+        tiny_dir, data__filter=True, data__n_train=12, data__n_val=6, refusal__token_ids=ids
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, progress=runs.stop_at("select"))
+    record = json.loads((tmp_path / "directions/filter.json").read_text())
+    means = load_file(tmp_path / "directions/means.safetensors")
+    for kind, sign in (("harmful", 1), ("harmless", -1)):
+        for split in ("train", "val"):
+            texts = load_prompts(config.data).texts(kind, split)
+            scores = oracle.refusal_scores(oracle.last_logits(hf, chat.encode(texts)), ids)
+            kept = [t for t, s in zip(texts, scores.tolist(), strict=True) if sign * s > 0]
+            assert 0 < len(kept) < len(texts)
+            assert record[kind][split]["kept"] == kept
+            assert record[kind][split]["of"] == len(texts)
+            if split == "train":
+                expected = oracle.mean_activations(hf, chat.encode(kept), P)
+                np.testing.assert_allclose(means[f"mean_{kind}"], expected, atol=2e-4)
+
+
+def test_refusal_tokens_are_discovered_from_the_models_own_replies(
+    tiny_dir: Path, tmp_path: Path, chat: Chat, model: Transformer, monkeypatch
+):
+    """A judge that knows this model's ways: a reply with an 'e' is a refusal."""
+    config = small(tiny_dir, refusal__token_ids=(), refusal__discovery_tokens=8)
+    prompts = load_prompts(config.data)
+    replies = {
+        kind: jr.generate(model, chat, prompts.texts(kind, "train"), max_new_tokens=8)
+        for kind in KINDS
+    }
+    monkeypatch.setattr(pipeline.refusals, "is_refusal", lambda text: "e" in text)
+    refused = sum("e" in text for text in replies["harmful"])
+    assert refused
+    log: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, str(tmp_path), log=log.append, progress=runs.stop_at("means"))
+    assert f"{refused} of 6 harmful training prompts are refused" in log
+    found = json.loads((tmp_path / "refusal_tokens.json").read_text())
+    assert found["origin"] == "discovered"
+    first = found["tokens"][0]
+    assert any("e" in text and text.startswith(first["text"]) for text in replies["harmful"])

@@ -1,0 +1,126 @@
+"""Meshes of eight forced CPU devices: the numbers of one device, and weights that do lie apart.
+
+Letters: D residual width, L layers, H query heads, G key/value heads, K head width, F MLP width,
+V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import jax_refusal as jr
+from jax_refusal.data.chat import Chat
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.batching import Prompts
+from jax_refusal.runtime.generate import generate
+from jax_refusal.study.sweep import Sweep
+from tests.tolerances import INVARIANCE, assert_close
+
+MESHES = [(1, 1), (8, 1), (2, 4), (4, 2), (1, 8)]
+L, D, H, G, K, F, V = 2, 64, 8, 4, 8, 128, 416
+HARMFUL = ["Break into a house", "Describe how to steal a car and hide it", "Spread lies"]
+HARMLESS = ["Bake bread", "What is the capital of France, and why?", "Write a story about a river"]
+REFUSAL_IDS = [43, 50]
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint: Callable[..., Path]) -> str:
+    return str(
+        checkpoint(num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G, vocab_size=V)
+    )
+
+
+@dataclasses.dataclass
+class Results:
+    means: np.ndarray
+    scores: list[list[float]]
+    logits: np.ndarray
+    replies: list[list[list[int]]]
+
+
+def study(model: Transformer, chat: Chat) -> Results:
+    """What a run computes, stage by stage, on the mesh of the model."""
+    harmful, harmless = (Prompts.encoded(chat, texts) for texts in (HARMFUL, HARMLESS))
+    means = jr.mean_activations(model, chat, HARMFUL)
+    directions = np.random.default_rng(0).normal(size=means.shape)
+    sweep = Sweep(model, directions, harmful, harmless, REFUSAL_IDS)
+    cells = [(0, 0), (1, 1), (4, 0)]
+    edit = jr.rows(
+        jr.identity(L, D),
+        jr.ablate(directions[4, 1], L),
+        jr.add(directions[4, 1], L, layer=1, coefficient=-1.0),
+    )
+    options = {"stop_ids": chat.stop_ids, "max_new_tokens": 8}
+    return Results(
+        means=means,
+        scores=[sweep.bypass(cells), sweep.induce(cells), sweep.kl(cells)],
+        logits=np.asarray(jr.logits(model, np.arange(60).reshape(3, 20), edit=edit)),
+        replies=[
+            generate(model, harmful, edit, temperature=temperature, **options)
+            for temperature in (0.0, 1.0)
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def single(source: str) -> Results:
+    return study(jr.load_model(source), jr.load_chat(source))
+
+
+@pytest.mark.parametrize(("data", "model"), MESHES)
+def test_meshes_agree(data: int, model: int, source: str, single: Results) -> None:
+    sharded = jr.load_model(source, mesh=jr.make_mesh(data, model))
+    found = study(sharded, jr.load_chat(source))
+    assert_close(found.means, single.means, INVARIANCE, "means")
+    assert_close(found.scores, single.scores, INVARIANCE, "scores")
+    assert_close(found.logits, single.logits, INVARIANCE, "logits")
+    assert found.replies == single.replies
+
+
+@pytest.mark.parametrize(("data", "model"), MESHES)
+def test_weights_are_sharded(data: int, model: int, source: str) -> None:
+    """Each device holds its slice of heads, MLP and vocabulary; the data axis holds copies."""
+    loaded = jr.load_model(source, mesh=jr.make_mesh(data, model))
+    g = G // model if G % model == 0 else G  # 4 heads on 8 devices stay whole
+    expected = {
+        "embed": ((V // model, D), PartitionSpec("model")),
+        "head": ((D, V // model), PartitionSpec(None, "model")),
+        "final_norm": ((D,), PartitionSpec()),
+        "blocks.attn_norm": ((L, D), PartitionSpec()),
+        "blocks.mlp_norm": ((L, D), PartitionSpec()),
+        "blocks.q": ((L, D, H // model, K), PartitionSpec(None, None, "model")),
+        "blocks.k": ((L, D, g, K), PartitionSpec(None, None, "model" if g < G else None)),
+        "blocks.v": ((L, D, g, K), PartitionSpec(None, None, "model" if g < G else None)),
+        "blocks.o": ((L, H // model, K, D), PartitionSpec(None, "model")),
+        "blocks.gate": ((L, D, F // model), PartitionSpec(None, None, "model")),
+        "blocks.up": ((L, D, F // model), PartitionSpec(None, None, "model")),
+        "blocks.down": ((L, F // model, D), PartitionSpec(None, "model")),
+    }
+    leaves = loaded.leaves()
+    assert set(leaves) == set(expected)
+    for path, (shape, spec) in expected.items():
+        leaf = leaves[path]
+        assert len(leaf.sharding.device_set) == data * model, path
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}, path
+        wanted = jax.NamedSharding(leaf.sharding.mesh, spec)
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), f"{path}: {leaf.sharding}"
+    whole = jr.load_model(source).leaves()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, whole[path], err_msg=path)
+
+
+def test_mesh_shapes() -> None:
+    assert dict(jr.make_mesh().shape) == {"data": 1, "model": 1}
+    assert dict(jr.make_mesh(-1, 2).shape) == {"data": 4, "model": 2}
+    assert dict(jr.make_mesh(2, 3).shape) == {"data": 2, "model": 3}
+
+
+@pytest.mark.parametrize(("data", "model"), [(4, 4), (9, 1), (0, 1), (1, 0), (-1, 16), (-2, 1)])
+def test_a_mesh_that_does_not_fit(data: int, model: int) -> None:
+    with pytest.raises(ValueError, match=r"does not fit 8 cpu devices.*data \* model <= 8"):
+        jr.make_mesh(data, model)
