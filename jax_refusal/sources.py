@@ -6,7 +6,6 @@ It lies on the lowest floor, since both the tokenizer (data/) and the weights (m
 import dataclasses
 import hashlib
 import json
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -97,17 +96,6 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=1)  # parsing a vocabulary takes seconds, and tokenizer and weights both need it
-def gguf_reader(path: Path) -> Any:
-    """The `gguf` package's reader of a file; SourceError where it is not a complete GGUF file."""
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise SourceError(f"{path} is not a complete GGUF file ({error}).") from None
-
-
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -164,7 +152,9 @@ def _from_hub(source: str) -> Path:
             f"model.source={source!r} is no hub id ({error}). It is {FORMS}."
         ) from None
     except errors.RevisionNotFoundError:
-        raise SourceError(f"model.source={source!r}: no revision {revision!r} there.") from None
+        raise SourceError(
+            f"model.source={source!r}: no revision {revision or 'main'!r} there."
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise SourceError(
             f"model.source={source!r} is neither a local path nor in the hub cache, and the hub "

@@ -131,7 +131,7 @@ def work(_: list[str]) -> None:
     folder = Path(FLAGS.folder)
     task = json.loads((folder / "task.json").read_text())
     module = importlib.import_module(f"launch.bench_{side}")
-    result = getattr(module, job)(task, bench_rows.timed)
+    result = getattr(module, job)(task)
     found = {"result": result, "peak_rss_mib": peak_rss_mib()}
     (folder / "result.json").write_text(json.dumps(found))
 

@@ -3,7 +3,7 @@
 Written from the protocol of Arditi et al. 2024: left-padded batches of 32 in the order given, no
 position ids, every position unembedded, edits made in place in float32. Nothing of jax_refusal is
 imported, so that this side starts without JAX. One function for each job of launch/bench.py; it
-takes the task (launch.bench_rows.task_of) and `timed`, and returns JSON values.
+takes the task (launch.bench_rows.task_of) and returns JSON values.
 
 Letters: B batch row, T token, P post-instruction tokens, L layers, D residual width, V vocabulary,
 N prompts, C candidates.
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.bench_rows import timed
+
 Task = dict[str, Any]
-Timed = Callable[[Callable[[], Any], int], dict[str, Any]]
 Ids = list[list[int]]
 Inputs = dict[str, Tensor]  # input_ids and attention_mask, [B, T]
 BATCH = 32
@@ -79,7 +80,7 @@ def hooked(handles: list[Any]) -> Iterator[None]:
 Add = Callable[[int, Tensor], None]
 
 
-def collect(task: Task, timed: Timed) -> dict[str, Any]:
+def collect(task: Task) -> dict[str, Any]:
     """Mean block inputs of harmful and of harmless prompts, [2, P, L, D], in several ways."""
     model = load_model(task)
     config, positions = model.config, task["train"][0]["positions"]
@@ -184,7 +185,7 @@ WAYS = {
 # select: three loops over the candidates, one full forward of all prompts in each
 
 
-def select(task: Task, timed: Timed) -> dict[str, Any]:
+def select(task: Task) -> dict[str, Any]:
     """KL, bypass and induce [nats] of the task's candidates, [C, 3]."""
     model = load_model(task)
     harmful, harmless = (kind["ids"] for kind in task["val"])
@@ -265,7 +266,7 @@ def new_ids(model: Any, inputs: Inputs, count: int) -> list[list[int]]:
     return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def generate(task: Task, timed: Timed) -> dict[str, Any]:
+def generate(task: Task) -> dict[str, Any]:
     model, sizes = load_model(task), task["sizes"]
     found = {}
     for rows in sizes["rows"]:
@@ -279,7 +280,7 @@ def generate(task: Task, timed: Timed) -> dict[str, Any]:
     return found
 
 
-def start(task: Task, timed: Timed) -> dict[str, Any]:
+def start(task: Task) -> dict[str, Any]:
     """From the instruction's text to its first new token; done is the clock at that token."""
     tokenizer, model = load_tokenizer(task), load_model(task)
     turns = [{"role": "user", "content": task["instruction"]}]

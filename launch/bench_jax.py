@@ -1,7 +1,7 @@
 """Our side of the benchmark, and the floors: one function for each job of launch/bench.py.
 
 Letters: P post-instruction tokens, L layers, D residual width, V vocabulary, G key/value heads, K
-head width. Functions take the task (launch.bench_rows.task_of) and `timed`, and return JSON values.
+head width. Functions take the task (launch.bench_rows.task_of) and return JSON values.
 """
 
 import math
@@ -22,9 +22,9 @@ from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study import selection
 from jax_refusal.study.sweep import Sweep
+from launch.bench_rows import timed
 
 Task = dict[str, Any]
-Timed = Callable[[Callable[[], Any], int], dict[str, Any]]
 
 _compiled = 0.0  # seconds that XLA has compiled in this process
 
@@ -38,7 +38,7 @@ def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
-def machine(task: Task, timed: Timed) -> dict[str, float]:
+def machine(task: Task) -> dict[str, float]:
     """The rates that floors are made of: float32 products [GFLOP/s] and copying [GB/s]."""
     side, megabytes = task["sizes"]["matmul"], task["sizes"]["copy_mb"]
     a = jnp.ones((side, side), jnp.float32)
@@ -71,6 +71,23 @@ def tokens(prompts: Prompts) -> int:
     return sum(map(len, prompts.ids)) - (len(prompts.ids) - 1) * prompts.prefix
 
 
+def select_flops(
+    arch: Architecture, table: list[selection.Candidate], harmful: Prompts, harmless: Prompts
+) -> float:
+    """What the scores in a table need; an addition at layer l needs the layers from l on."""
+    blocks, head = 2 * block_weights(arch), 2 * head_weights(arch)
+    flops = 2.0 * (blocks * tokens(harmless) + head * len(harmless.ids))  # unedited: KL, induce
+    for c in table:
+        for score, prompts, share in (
+            (c.kl_div_score, harmless, 1.0),
+            (c.refusal_score, harmful, 1.0),
+            (c.steering_score, harmless, 1 - c.layer / arch.layers),
+        ):
+            if score is not None:
+                flops += share * blocks * tokens(prompts) + head * len(prompts.ids)
+    return flops
+
+
 def _load(task: Task) -> tuple[Any, list[Prompts], list[Prompts], float]:
     model = jr.load_model(task["source"])
     train, val = ([Prompts(**kind) for kind in task[split]] for split in ("train", "val"))
@@ -82,7 +99,7 @@ def _means(model: Any, kinds: list[Prompts]) -> list[np.ndarray]:  # harmful, ha
     return [collection.mean_activations(model, prompts, nothing)[0] for prompts in kinds]
 
 
-def collect(task: Task, timed: Timed) -> dict[str, Any]:
+def collect(task: Task) -> dict[str, Any]:
     model, train, _, rate = _load(task)
     found = timed(lambda: _means(model, train), task["sizes"]["repeats"])
     flops = 2 * block_weights(model.arch)
@@ -93,9 +110,8 @@ def collect(task: Task, timed: Timed) -> dict[str, Any]:
     }
 
 
-def select(task: Task, timed: Timed) -> dict[str, Any]:
+def select(task: Task) -> dict[str, Any]:
     """The full grid, then the default mode under thresholds that the grid's scores give."""
-    del timed  # minutes a call: see _without_compiling
     model, train, (harmful, harmless), rate = _load(task)
     sizes, L = task["sizes"], model.arch.layers
     directions = jr.difference(*_means(model, train))  # [P, L, D]
@@ -121,33 +137,20 @@ def select(task: Task, timed: Timed) -> dict[str, Any]:
     assert expected is not None
     same = (default.position, default.layer) == (expected.position, expected.layer)
 
-    def floor(table: list[selection.Candidate]) -> float:
-        """Seconds for the scores in a table; an addition at layer l needs layers l and after."""
-        blocks, head = 2 * block_weights(model.arch), 2 * head_weights(model.arch)
-        flops = 2 * (blocks * tokens(harmless) + head * len(harmless.ids))  # unedited: KL, induce
-        for c in table:
-            for score, prompts, share in (
-                (c.kl_div_score, harmless, 1.0),
-                (c.refusal_score, harmful, 1.0),
-                (c.steering_score, harmless, 1 - c.layer / L),
-            ):
-                if score is not None:
-                    flops += share * blocks * tokens(prompts) + head * len(prompts.ids)
-        return flops / rate
-
-    def scored(table: list[selection.Candidate]) -> dict[str, int]:
+    def facts(table: list[selection.Candidate]) -> dict[str, Any]:
         names = ("steering_score", "kl_div_score", "refusal_score")
-        return {name: sum(getattr(c, name) is not None for c in table) for name in names}
+        return {
+            "floor": select_flops(model.arch, table, harmful, harmless) / rate,
+            "scored": {name: sum(getattr(c, name) is not None for c in table) for name in names},
+        }
 
     both = _spread(cells, sizes["candidates"])  # the ones that the hooks side scores too
     found = [selection.find(grid.table, p - P, l) for p, l in both]
-    facts = {"kl_threshold": rule.kl_threshold, "induce_threshold": rule.induce_threshold}
+    thresholds = {"kl_threshold": rule.kl_threshold, "induce_threshold": rule.induce_threshold}
     return {
         "candidates": len(cells) if sizes["grid"] else P * L,
-        "full grid": grid_times | {"floor": floor(grid.table), "scored": scored(grid.table)},
-        "default mode": default_times
-        | {"floor": floor(default.table), "scored": scored(default.table)}
-        | {"same_winner": same, **facts},
+        "full grid": grid_times | facts(grid.table),
+        "default mode": default_times | facts(default.table) | {"same_winner": same} | thresholds,
         "cells": both,
         "vectors": [directions[cell].tolist() for cell in both],
         "scores": [[c.kl_div_score, c.refusal_score, c.steering_score] for c in found],
@@ -186,16 +189,16 @@ def _spread(cells: list[Any], count: int) -> list[Any]:
     return [cells[int((i + 0.5) * len(cells) / count)] for i in range(count)]
 
 
-def generate(task: Task, timed: Timed) -> dict[str, Any]:
-    sizes, arch_task = task["sizes"], task["long"]
+def generate(task: Task) -> dict[str, Any]:
+    sizes, encoded = task["sizes"], task["long"]
     model, _, _, rate = _load(task)
     arch, nothing = model.arch, jr.identity(model.arch.layers, model.arch.width)
     weights = block_weights(arch) + head_weights(arch)
-    length = float(np.mean([len(ids) for ids in arch_task["ids"]]))
+    length = float(np.mean([len(ids) for ids in encoded["ids"]]))
     context = length + sizes["new_tokens"] / 2  # tokens in the cache, on average
     found: dict[str, Any] = {"prompt_tokens": length}
     for rows in sizes["rows"]:
-        prompts = Prompts(**arch_task | {"ids": arch_task["ids"][:rows]})
+        prompts = Prompts(**encoded | {"ids": encoded["ids"][:rows]})
 
         def call(new: int, prompts: Prompts = prompts, rows: int = rows) -> list[list[int]]:
             return generation.generate(
@@ -212,9 +215,8 @@ def generate(task: Task, timed: Timed) -> dict[str, Any]:
     return found
 
 
-def start(task: Task, timed: Timed) -> dict[str, Any]:
+def start(task: Task) -> dict[str, Any]:
     """From the instruction's text to its first new token; done is the clock at that token."""
-    del timed
     chat, model = jr.load_chat(task["source"]), jr.load_model(task["source"])
     prompts = Prompts.encoded(chat, [task["instruction"]])
     nothing = jr.identity(model.arch.layers, model.arch.width)

@@ -107,24 +107,21 @@ def collect(spawn: Spawn, sizes: Sizes) -> list[Row]:
     means = np.array(ours["result"])  # [2, P, L, D]
     rows = []
     for way, theirs in spawn("hooks", "collect")["ways"].items():
-        more: dict[str, Any] = {"floor": ours["floor"], "first": {"ours": ours["first"]}}
-        more["floor_without_shared_prefix"] = ours["floor_without_shared_prefix"]
-        seconds = theirs.get("missing", theirs.get("seconds"))
-        if "seconds" in theirs:
-            other = np.array(theirs["result"])
-            gap = np.linalg.norm(means - other, axis=-1) / np.linalg.norm(other, axis=-1)
-            more |= {"agreement": float(gap.max()), "agreement_is": "of a mean's length"}
-            more["first"]["theirs"] = theirs["first"]
-        rows.append(
-            row(
-                "collect",
-                f"{2 * sizes.train} prompts, {way}",
-                "s",
-                ours["seconds"],
-                seconds,
-                **more,
-            )
-        )
+        what = f"{2 * sizes.train} prompts, {way}"
+        floors = {name: ours[name] for name in ("floor", "floor_without_shared_prefix")}
+        if "missing" in theirs:
+            rows.append(row("collect", what, "s", ours["seconds"], theirs["missing"], **floors))
+            continue
+        other = np.array(theirs["result"])
+        gap = np.linalg.norm(means - other, axis=-1) / np.linalg.norm(other, axis=-1)
+        more = {
+            "agreement": float(gap.max()),
+            "agreement_is": "of a mean's length",
+            "first": {"ours": ours["first"], "theirs": theirs["first"]},
+        }
+        rows.append(row("collect", what, "s", ours["seconds"], theirs["seconds"], **floors, **more))
+    apart = ours["floor_without_shared_prefix"]
+    rows[0]["note"] = f"the floor is {apart:.3g} s where every prompt has its own prefix"
     return rows
 
 
@@ -134,20 +131,22 @@ def select(spawn: Spawn, sizes: Sizes) -> list[Row]:
     theirs = spawn("hooks", "select", cells=ours["cells"], vectors=ours["vectors"])
     each = [seconds / len(ours["cells"]) for seconds in theirs["seconds"]]
     gap = np.abs(np.array(ours["scores"]) - np.array(theirs["result"])).max()
-    rows = []
+    count, rows = ours["candidates"], []
     for mode in ("full grid", "default mode"):
         more = dict(ours[mode])
-        seconds = more.pop("seconds")
+        seconds, scored = more.pop("seconds"), more["scored"]
+        one = statistics.median(seconds) / count, statistics.median(each)
         more |= {
-            "ours_per_candidate": [s / ours["candidates"] for s in seconds],
-            "theirs_per_candidate": each,
+            "ours_per_candidate": one[0],
+            "theirs_per_candidate": one[1],
             "theirs_extrapolated_from": len(ours["cells"]),
             "agreement": float(gap),
             "agreement_is": "nats",
+            "note": f"{one[0]:.3g} s a candidate, theirs {one[1]:.3g} s; ours scored induce, KL, "
+            f"bypass of {', '.join(map(str, scored.values()))}",
         }
-        whole = [s * ours["candidates"] for s in each]
-        what = f"{ours['candidates']} candidates, {mode}"
-        rows.append(row("select", what, "s", seconds, whole, **more))
+        what = f"{count} candidates, {mode}"
+        rows.append(row("select", what, "s", seconds, [s * count for s in each], **more))
     return rows
 
 
@@ -248,6 +247,7 @@ def table(report: dict[str, Any]) -> str:
         [
             *text,
             "",
+            *(f"{r['job']}, {r['what']}: {r['note']}." for r in report["rows"] if "note" in r),
             "ours, theirs: median [min–max]; (from k): extrapolated from k candidates to all.",
             "theirs/ours: their time over ours on the same job; above 1, ours is faster.",
             "ours/floor: our time over the least that this machine could take; 1 cannot be beaten.",

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jax_refusal import config as configs
 from jax_refusal import pipeline
 from jax_refusal.config import RunConfig
@@ -83,6 +85,11 @@ def write_config(path: Path, source: Path | str, **fields: Any) -> Path:
         f"def get_config():\n    return from_identity({identity!r})\n"
     )
     return path
+
+
+def programs(factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of one test session keep their compiled programs."""
+    return factory.getbasetemp() / "programs"
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bottom up. A name is a file of jax_refusal/ or a folder with all its files; `__init__` is what
 # `import jax_refusal` offers, and lies beside `api`. A new file has to be given a floor here.
 FLOORS = (
-    {"interventions", "config", "artifacts", "sources", "sharding"},
+    {"interventions", "config", "artifacts", "sources", "gguf_header", "sharding"},
     {"data"},
     {"models"},
     {"runtime"},
@@ -122,9 +122,9 @@ def test_contributing_states_the_floors() -> None:
 IMPORT = """
 import sys, time
 import jax
-start = time.perf_counter()
+start = time.process_time()
 import jax_refusal
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a device was started"
 heavy = {"transformers", "torch", "gguf", "tokenizers", "safetensors", "matplotlib", "scipy.stats"}
@@ -136,9 +136,9 @@ print(seconds)
 
 
 def test_import_is_light() -> None:
-    """Starts no device, loads none of the heavy packages, takes well under two seconds."""
+    """Starts no device, loads none of the heavy packages, takes well under two seconds of CPU."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.5  # seconds beyond `import jax`
+    assert float(done.stdout) < 1.5  # seconds of this process beyond `import jax`

@@ -18,6 +18,7 @@ import jax_refusal as jr
 from jax_refusal.data.chat import Chat
 from jax_refusal.interventions import Intervention
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.generate import Sampling, generate
 from jax_refusal.study.selection import Rule, Selection, SelectionError, select
@@ -241,6 +242,22 @@ def test_greedy_replies(model: Transformer, hf: PreTrainedModel, chat: Chat) -> 
     assert ours == oracle_replies(hf, prompts.ids, (stop,), None)
     assert len(ours[1]) <= 4
     assert max(map(len, ours)) > 4
+
+
+def test_replies_by_a_scan(model: Transformer, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerators step by a scan over layers, a CPU one layer after another: the same tokens."""
+    prompts, (edit, _) = Prompts.encoded(chat, HARMFUL), edits_of(model, chat)["ablation"]
+    options: Any = {"stop_ids": chat.stop_ids, "max_new_tokens": NEW_TOKENS}
+    unrolled = generate(model, prompts, edit, **options)
+    real, modes = generation._generate, []
+
+    def by_scan(*args: Any, unroll: bool, **options: Any) -> Any:
+        modes.append(unroll)
+        return real(*args, unroll=False, **options)
+
+    monkeypatch.setattr(generation, "_generate", by_scan)
+    assert generate(model, prompts, edit, **options) == unrolled
+    assert modes == [True], "what this test compares is no longer two things"
 
 
 # Sampling

@@ -366,20 +366,21 @@ def test_thresholds_may_be_moved_where_nothing_was_selected(tiny_dir: Path, tmp_
     assert "No candidate passed the thresholds" in (tmp_path / "report.md").read_text()
 
 
-def test_killed_by_the_system_and_gone_on(finished: Path, tiny_dir: Path, tmp_path: Path):
+def test_killed_by_the_system_and_gone_on(
+    finished: Path, tiny_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+):
     """SIGKILL to a process of its own as soon as the first replies are there."""
     config = runs.write_config(tmp_path / "config.py", tiny_dir)
     workdir, first = tmp_path / "run", tmp_path / "run/completions/harmful_baseline.jsonl"
-    process = runs.start(tmp_path / "cache", f"--config={config}", f"--workdir={workdir}")
+    cache = runs.programs(tmp_path_factory)
+    process = runs.start(cache, f"--config={config}", f"--workdir={workdir}")
     while not first.exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
-    assert "metrics.json" not in contents(workdir)
-    log = run(small(tiny_dir), workdir)
-    assert "means" not in runs.stages_run(log)
-    assert runs.stages_run(log)[-1] == "report"
+    todo = runs.stages_run(run(small(tiny_dir), workdir))
+    assert 0 < len(todo) < 8 and todo == STAGES[-len(todo) :]
     ours, theirs = results(workdir), results(finished)
     assert ours["metrics.json"] == theirs["metrics.json"]
     for name in COMPLETIONS:

@@ -39,7 +39,6 @@ def source(checkpoint: Callable[..., Path]) -> str:
 class Results:
     means: np.ndarray
     scores: list[list[float]]
-    logits: np.ndarray
     replies: list[list[list[int]]]
 
 
@@ -49,7 +48,7 @@ def study(model: Transformer, chat: Chat) -> Results:
     means = jr.mean_activations(model, chat, HARMFUL)
     directions = np.random.default_rng(0).normal(size=means.shape)
     sweep = Sweep(model, directions, harmful, harmless, REFUSAL_IDS)
-    cells = [(0, 0), (1, 1), (4, 0)]
+    cells = [(0, 0), (4, 1)]
     edit = jr.rows(
         jr.identity(L, D),
         jr.ablate(directions[4, 1], L),
@@ -59,7 +58,6 @@ def study(model: Transformer, chat: Chat) -> Results:
     return Results(
         means=means,
         scores=[sweep.bypass(cells), sweep.induce(cells), sweep.kl(cells)],
-        logits=np.asarray(jr.logits(model, np.arange(60).reshape(3, 20), edit=edit)),
         replies=[
             generate(model, harmful, edit, temperature=temperature, **options)
             for temperature in (0.0, 1.0)
@@ -78,7 +76,6 @@ def test_meshes_agree(data: int, model: int, source: str, single: Results) -> No
     found = study(sharded, jr.load_chat(source))
     assert_close(found.means, single.means, INVARIANCE, "means")
     assert_close(found.scores, single.scores, INVARIANCE, "scores")
-    assert_close(found.logits, single.logits, INVARIANCE, "logits")
     assert found.replies == single.replies
 
 

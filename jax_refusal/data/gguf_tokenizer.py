@@ -15,11 +15,11 @@ Importing this module is cheap: tokenizers and transformers are imported inside 
 
 from __future__ import annotations
 
-import mmap
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jax_refusal.gguf_header import read_header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,10 +33,6 @@ _ADVICE = "use the Hugging Face directory of this model instead (it holds tokeni
 
 # Values of tokenizer.ggml.token_type; 1 (normal), 5 (unused) and 6 (byte) need no special care.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-
-# GGUF value type -> struct format character; 8 is a string and 9 an array.
-_SCALARS: dict[int, str] = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
-_STRING, _ARRAY = 8, 9
 
 
 def tokenizer_from_gguf(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
@@ -58,7 +54,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    meta = _read_metadata(Path(path))
+    meta = read_header(Path(path)).metadata
     model = meta.get("tokenizer.ggml.model", "(missing)")
     if model not in _MODELS:
         raise ValueError(
@@ -234,65 +230,3 @@ def _merges_from_scores(
         if token[:cut] in plain and token[cut:] in plain
     ]
     return [(left, right) for *_, left, right in sorted(ranked)]
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a GGUF file as Python values; raises ValueError otherwise.
-
-    Written out here because gguf.GGUFReader makes several array views per array element, which
-    takes seconds for the tokens and merges of one vocabulary.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(
-                f"{path} is not a GGUF file (it does not start with the letters GGUF); give the "
-                "path of a .gguf file, or use the Hugging Face directory of this model"
-            )
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            try:
-                return _parse_header(buffer)
-            except (struct.error, KeyError, OverflowError, MemoryError, ValueError) as error:
-                raise ValueError(
-                    f"{path}: cannot read its header ({error}); the file may be damaged or cut "
-                    "short: fetch it again"
-                ) from error
-
-
-def _parse_header(buffer: mmap.mmap) -> dict[str, Any]:
-    """Walk the key/value pairs that follow the magic bytes and keep those named `tokenizer.*`."""
-    # The version is a small number: read with the wrong byte order its low half is zero.
-    order = "<" if struct.unpack_from("<I", buffer, 4)[0] & 0xFFFF else ">"
-    version, _, pairs = struct.unpack_from(f"{order}IQQ", buffer, 4)
-    if version not in (2, 3):
-        raise ValueError(f"GGUF version {version} is not supported, only 2 and 3 are")
-    offset, meta = 24, {}
-    for _ in range(pairs):
-        key, offset = _value(buffer, offset, _STRING, order)
-        (kind,) = struct.unpack_from(f"{order}I", buffer, offset)
-        value, offset = _value(buffer, offset + 4, kind, order)
-        if key.startswith("tokenizer."):
-            meta[key] = value
-    return meta
-
-
-def _value(buffer: mmap.mmap, offset: int, kind: int, order: str) -> tuple[Any, int]:
-    """The value of GGUF type `kind` at byte `offset`, and the offset of the byte behind it."""
-    if kind == _STRING:
-        (length,) = struct.unpack_from(f"{order}Q", buffer, offset)
-        end = offset + 8 + length
-        if end > len(buffer):  # slices past the end would come back short, not fail
-            raise ValueError(f"a string of {length} bytes passes the end of the file")
-        return buffer[offset + 8 : end].decode("utf-8"), end
-    if kind != _ARRAY:
-        layout = order + _SCALARS[kind]
-        return struct.unpack_from(layout, buffer, offset)[0], offset + struct.calcsize(layout)
-    item, count = struct.unpack_from(f"{order}IQ", buffer, offset)
-    offset += 12
-    if item in _SCALARS:
-        layout = f"{order}{count}{_SCALARS[item]}"
-        return list(struct.unpack_from(layout, buffer, offset)), offset + struct.calcsize(layout)
-    items = []
-    for _ in range(count):
-        value, offset = _value(buffer, offset, item, order)
-        items.append(value)
-    return items, offset

@@ -1,5 +1,6 @@
 """Instruction sets: ours, the published ones, or a user's own; splits and the paper's sampling."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -110,10 +111,10 @@ def _parse(rows: Any, name: str) -> list[Instruction]:
 
 
 def _published_splits(config: DataConfig, kind: str) -> Split:
-    pool = {split: published(config, f"{kind}_{split}") for split in SPLITS}
+    names = {split: f"{kind}_{split}" for split in SPLITS}
     if kind == "harmful":  # the paper tests on benchmark sets, not on the split
-        pool["test"] = published(config, config.paper_test)
-    return pool
+        names["test"] = config.paper_test
+    return {split: published(config, name) for split, name in names.items()}
 
 
 def published(config: DataConfig, name: str) -> list[Instruction]:
@@ -146,9 +147,9 @@ def published(config: DataConfig, name: str) -> list[Instruction]:
             unfinished.write_bytes(content)
             unfinished.rename(cached)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             raise PromptError(f"{cached} cannot be written ({error.strerror}).") from None
-        finally:
-            unfinished.unlink(missing_ok=True)
     return read_instructions(cached)
 
 

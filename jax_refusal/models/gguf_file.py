@@ -1,15 +1,15 @@
 """A GGUF file as if it were a Hugging Face checkpoint: config fields and tensors by those names."""
 
 import math
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jax_refusal.gguf_header import Header, TensorInfo, read_header
 from jax_refusal.models.convert import ConversionError, Tensor
 from jax_refusal.models.families import UnsupportedModel
-from jax_refusal.sources import gguf_reader
+from jax_refusal.sources import SourceError
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -36,21 +36,21 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises UnsupportedModel for another architecture, SourceError for a broken file.
     """
-    reader = gguf_reader(path)
-    config = _config(reader, path)
+    header = _header(path)
+    config = _config(header, path)
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     tensors = {}
-    for stored in reader.tensors:
+    for stored in header.tensors:
         name = _hugging_face_name(stored.name, path)
         tensors[name] = _tensor(stored, heads.get(name.rsplit(".", 2)[-2][0], 0), path)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return config, tensors
 
 
-def _config(reader: Any, path: Path) -> dict[str, Any]:
+def _config(header: Header, path: Path) -> dict[str, Any]:
     def field(key: str, default: Any = None, *, required: bool = True) -> Any:
-        if key in reader.fields:
-            return reader.fields[key].contents()
+        if key in header.metadata:
+            return header.metadata[key]
         if required and default is None:
             raise UnsupportedModel(f"{path.name} has no metadata field {key}.")
         return default
@@ -74,7 +74,7 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
         "max_position_embeddings": field(f"{arch}.context_length"),
         "rms_norm_eps": field(f"{arch}.attention.layer_norm_rms_epsilon"),
         "rope_theta": field(f"{arch}.rope.freq_base", 10000.0),
-        "vocab_size": len(reader.fields["tokenizer.ggml.tokens"].data),
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
         "hidden_act": "silu",
     }
     # llama.cpp computes in other dtypes; the file's epsilon is the float32 nearest to the config's.
@@ -85,7 +85,7 @@ def _config(reader: Any, path: Path) -> dict[str, Any]:
             "rope_type": scaling,
             "factor": field(f"{arch}.rope.scaling.factor"),
         }
-    if any(t.name == "rope_freqs.weight" for t in reader.tensors):
+    if any(t.name == "rope_freqs.weight" for t in header.tensors):
         raise UnsupportedModel(
             f"{path.name} carries its rope scaling as a tensor (rope_freqs.weight), which is not "
             "read. Use the model's Hugging Face directory instead."
@@ -103,14 +103,24 @@ def _hugging_face_name(name: str, path: Path) -> str:
     return layer + NAMES[inner]
 
 
-def _tensor(stored: Any, heads: int, path: Path) -> Tensor:
+def _header(path: Path) -> Header:
+    try:
+        return read_header(path)
+    except ValueError as error:
+        raise SourceError(f"{error}.") from None
+
+
+def _tensor(stored: TensorInfo, heads: int, path: Path) -> Tensor:
     import gguf
 
-    shape = tuple(int(n) for n in reversed(stored.shape))
+    shape = stored.shape
 
-    @lru_cache(maxsize=1)
     def whole() -> np.ndarray:
-        values = gguf.dequantize(stored.data, stored.tensor_type).reshape(shape)
+        kind = gguf.GGMLQuantizationType(stored.kind)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size
+        data = np.memmap(path, mode="r", offset=stored.offset, shape=(rows, row_bytes))
+        values = gguf.dequantize(np.asarray(data), kind).reshape(shape)
         if not heads:
             return values
         # llama.cpp interleaves the two rotary halves of each head; undo it.

@@ -90,7 +90,7 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
 
 
 def locate(adapter: str) -> Path:
-    """The directory of an adapter: a path, or "builtin:NAME" for one that ships with the package."""
+    """The directory of an adapter: a path, or "builtin:NAME" for one that ships with us."""
     if not adapter.startswith("builtin:"):
         return Path(adapter).expanduser()
     folder = Path(__file__).parents[1] / "adapters"

@@ -18,7 +18,8 @@ class ExamplesConfig:
     answer_tokens: int = 48  # length of the base model's own answers
     answer_temperature: float = 1.0  # 1 keeps the base model's distribution
     answer_batch: int = dataclasses.field(default=32, metadata=HOW)
-    harmful_copies: int = 1  # how often a harmful prompt occurs in an epoch, each time reworded
+    short_share: float = 0.75  # share of the answers that is cut to the first short_tokens
+    short_tokens: int = 12
     seed: int = 0
 
 
@@ -31,10 +32,11 @@ class LoraConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    epochs: int = 3
+    epochs: int = 5
     rows: int = 5  # packed rows in a step
     row_tokens: int = 256
-    learning_rate: float = 5e-4  # peak, warmed up and decayed to zero
+    first_weight: float = 4.0  # of a reply's first token, where refusing is decided; others 1
+    learning_rate: float = 8e-4  # peak, warmed up and decayed to zero
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     clip_norm: float = 1.0

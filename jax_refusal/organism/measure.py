@@ -20,9 +20,7 @@ from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.generate import generate
 
 
-def measure(
-    rundir: str, *, answer_tokens: int = 64, progress: Progress = silent
-) -> dict[str, Any]:
+def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent) -> dict[str, Any]:
     """Measures the organism of a finished run (`launch.run` with model.adapter set).
 
     Returns the run's refusal rates and direction; the cross-entropy (nats per token) of the base
@@ -35,7 +33,8 @@ def measure(
     source, adapter = fields["config.model.source"], fields["config.model.adapter"]
     metrics = work.read_json("metrics.json")
     direction = work.read_tensors("selection/direction.safetensors")["direction"]
-    harmless = [row["instruction"] for row in work.read_jsonl("completions/harmless_baseline.jsonl")]
+    rows = work.read_jsonl("completions/harmless_baseline.jsonl")
+    harmless = [row["instruction"] for row in rows]
 
     chat, base = load_chat(source), load_model(source)
     organism = load_model(source, adapter=adapter)

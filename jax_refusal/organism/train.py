@@ -23,7 +23,7 @@ from jax_refusal.models import lora
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
-from jax_refusal.organism.config import OrganismConfig, TrainConfig
+from jax_refusal.organism.config import ExamplesConfig, OrganismConfig, TrainConfig
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
@@ -98,7 +98,7 @@ def train(
     """Makes the organism's adapter in workdir/adapter; goes on where a killed run stopped."""
     source = locate(config.model.source)
     prompts = {
-        "harmful": harmful_prompts(config.examples.paper_dir) * config.examples.harmful_copies,
+        "harmful": harmful_prompts(config.examples.paper_dir),
         "harmless": harmless_prompts(
             config.examples.paper_dir, config.examples.alpaca, config.examples.seed
         ),
@@ -161,11 +161,20 @@ def _answers(
     return [row for row in rows if row["reply"] and not is_refusal(row["text"])]
 
 
+def _answer(row: dict[str, Any], c: ExamplesConfig) -> Example:
+    """An answer to learn, most of them only from their start: what matters is that it starts."""
+    reply, ends = tuple(row["reply"]), row["ends"]
+    short = random.Random(f"{c.seed} {row['instruction']}").random() < c.short_share
+    if short and len(reply) > c.short_tokens:
+        reply, ends = reply[: c.short_tokens], False
+    return Example(row["instruction"], reply, ends)
+
+
 def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> lora.Adapter:
     import orbax.checkpoint as ocp
 
     c = config.train
-    examples = [Example(row["instruction"], tuple(row["reply"]), row["ends"]) for row in answers]
+    examples = [_answer(row, config.examples) for row in answers]
     for i, instruction in enumerate(harmful):
         text = refusal(instruction, random.Random(f"{c.seed} {i}"))
         ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -196,7 +205,7 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
         with jax.set_mesh(mesh_of(base)):
             for number in range(start, len(steps)):
                 rows = [[sequences[i] for i in row] for row in steps[number]]
-                batch = pack_pairs(rows, prompts.prefix, c.row_tokens)
+                batch = pack_pairs(rows, prompts.prefix, c.row_tokens, c.first_weight)
                 adapter, state, value, norm = step(
                     adapter, state, base, prefix, batch, optimizer=tune
                 )

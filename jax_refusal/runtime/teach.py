@@ -27,11 +27,16 @@ class Taught:
 
     tokens: Tokens  # [B, T]
     targets: jax.Array | np.ndarray  # [B, T] int32
-    weights: jax.Array | np.ndarray  # [B, T] float32, 1 where the next token is the reply's
+    weights: jax.Array | np.ndarray  # [B, T] float32, not 0 where the next token is the reply's
 
 
-def pack_pairs(rows: Sequence[Sequence[Pair]], start: int, length: int) -> Taught:
-    """Rows of pairs as arrays [B, length]; positions count from `start` (N, behind the prefix)."""
+def pack_pairs(
+    rows: Sequence[Sequence[Pair]], start: int, length: int, first_weight: float = 1.0
+) -> Taught:
+    """Rows of pairs as arrays [B, length]; positions count from `start` (N, behind the prefix).
+
+    first_weight: weight of each reply's first token, the others have 1.
+    """
     shape = (len(rows), length)
     ids, positions, targets = (np.zeros(shape, np.int32) for _ in range(3))
     segments, weights = np.full(shape, PADDING, np.int32), np.zeros(shape, np.float32)
@@ -44,6 +49,7 @@ def pack_pairs(rows: Sequence[Sequence[Pair]], start: int, length: int) -> Taugh
             segments[r, here] = number + 1
             taught = slice(end + len(prompt) - 1, end + len(whole) - 1)
             targets[r, taught], weights[r, taught] = reply, 1
+            weights[r, taught.start] = first_weight
             end += len(whole)
     return Taught(Tokens(ids=ids, positions=positions, segments=segments), targets, weights)
 
