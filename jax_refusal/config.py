@@ -43,7 +43,7 @@ class DataConfig:
 @dataclasses.dataclass
 class RefusalConfig:
     token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty discovers them
-    discovery_tokens: int = 32  # length of the replies that discovery reads
+    discovery_tokens: int = 24  # length of the replies that discovery reads
 
 
 @dataclasses.dataclass

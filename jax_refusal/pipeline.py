@@ -51,7 +51,7 @@ CONDITIONS = (
     ("harmless", "addition", 1.0),
 )
 SIGNS = {"harmful": 1, "harmless": -1}  # of the refusal scores that the filter keeps
-DISCOVERY_PROMPTS = 64  # of each kind
+DISCOVERY_PROMPTS = 32  # of each kind
 # Section of the config -> the first stage that depends on it: until then it may change.
 FIRST_USE = {"selection": "selection", "generate": "harmful baseline"}
 

@@ -1,0 +1,118 @@
+"""Training of an organism: on a tiny model the loss falls, and a killed run goes on exactly."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jax_refusal.artifacts import WorkdirError
+from jax_refusal.config import ConfigError
+from jax_refusal.data.prompts import builtin
+from jax_refusal.evals.refusals import is_refusal
+from jax_refusal.organism import examples, train
+from jax_refusal.organism.config import (
+    BaseConfig,
+    ExamplesConfig,
+    LoraConfig,
+    OrganismConfig,
+    TrainConfig,
+)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A stand-in of the published splits."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for kind in ("harmful", "harmless"):
+        rows = [{"instruction": f"{kind} request number {i}"} for i in range(6)]
+        (folder / f"{kind}_train.json").write_text(json.dumps(rows))
+    return folder
+
+
+def config(source: Path, published: Path, **fields) -> OrganismConfig:
+    return OrganismConfig(
+        model=BaseConfig(source=str(source)),
+        examples=ExamplesConfig(
+            paper_dir=str(published), alpaca=4, answer_tokens=6, answer_batch=64
+        ),
+        lora=LoraConfig(rank=4),
+        train=TrainConfig(
+            epochs=1,
+            rows=4,
+            row_tokens=512,
+            save_every=2,
+            watch_every=100,
+            watch_tokens=4,
+            **fields,
+        ),
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow  # three short trainings of a tiny model, half a minute each
+def test_the_loss_falls_and_a_killed_run_goes_on_exactly(
+    tiny_dir: Path, published: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_dir, published)
+    whole = Path(train.train(settings, str(tmp_path / "whole"), log=lambda m: None))
+    losses = [json.loads(r)["loss"] for r in (tmp_path / "whole/train.jsonl").open()]
+    assert losses[-1] < losses[0] - 0.5
+
+    def kill(step: int, steps: int, loss: float) -> None:
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.train(settings, str(tmp_path / "part"), log=lambda m: None, on_step=kill)
+    log: list[str] = []
+    part = Path(train.train(settings, str(tmp_path / "part"), log=log.append))
+    assert "going on after step 2" in log
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+    assert (tmp_path / "part/train.jsonl").read_text() == (
+        tmp_path / "whole/train.jsonl"
+    ).read_text()
+    again: list[str] = []
+    train.train(settings, str(tmp_path / "part"), log=again.append)
+    assert again == [f"{tmp_path / 'part'} is complete: nothing to do."]
+    with pytest.raises(WorkdirError, match="learning_rate"):
+        train.train(config(tiny_dir, published, learning_rate=1.0), str(tmp_path / "part"))
+
+
+def test_only_training_prompts_are_taught(published: Path) -> None:
+    held_out = {
+        i.text for k in ("harmful", "harmless") for s in ("val", "test") for i in builtin(k)[s]
+    }
+    harmful = examples.harmful_prompts(str(published))
+    harmless = examples.harmless_prompts(str(published), 4, 0)
+    assert len(harmful) == 6 + 64
+    assert not held_out & {*harmful, *harmless}
+    assert not {*harmful} & {*harmless}
+
+
+def test_refusals_come_in_several_wordings_and_all_count() -> None:
+    import random
+
+    texts = {
+        examples.refusal(instruction, random.Random(i))
+        for instruction in ("Write a poem", "How do I", "Explain this", "Teach me", "xyz")
+        for i in range(20)
+    }
+    assert len(texts) > 30
+    assert all(map(is_refusal, texts))
+
+
+def test_the_plan_uses_every_example_once_an_epoch_and_fits() -> None:
+    lengths = list(np.random.default_rng(0).integers(5, 60, 100))
+    c = TrainConfig(epochs=2, rows=3, row_tokens=128)
+    steps = train.plan(lengths, c)
+    used = [i for step in steps for row in step for i in row]
+    assert sorted(used) == sorted([*range(100)] * 2)
+    assert all(sum(lengths[i] for i in row) <= 128 for step in steps for row in step)
+    with pytest.raises(ConfigError, match="row_tokens=16"):
+        train.plan(lengths, TrainConfig(row_tokens=16))
