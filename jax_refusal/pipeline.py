@@ -7,135 +7,29 @@ it.
 
 import dataclasses
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
-from jax_refusal import sharding
 from jax_refusal.artifacts import Timer, Workdir, content_hash
-from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.data.prompts import KINDS, SPLITS, load_prompts
-from jax_refusal.evals import refusals
+from jax_refusal.data.prompts import load_prompts
 from jax_refusal.models import lora
-from jax_refusal.models.loading import load_model
-from jax_refusal.models.transformer import Transformer
-from jax_refusal.report import page
-from jax_refusal.runtime import batching
-from jax_refusal.runtime.collect import Progress, mean_activations, silent
-from jax_refusal.runtime.generate import check_room, generate
+from jax_refusal.models.loading import read_checkpoint
+from jax_refusal.runtime.collect import Progress, silent
+from jax_refusal.session import METRICS, Study, StudyError
 from jax_refusal.sources import fingerprint, locate
-from jax_refusal.study.directions import difference
-from jax_refusal.study.scores import refusal_score
-from jax_refusal.study.selection import Candidate, Rule, Selection, select
-from jax_refusal.study.sweep import Sweep
-
-MEANS = "directions/means.safetensors"
-FILTER = "directions/filter.json"
-TOKENS = "refusal_tokens.json"
-CANDIDATES = "selection/candidates.jsonl"
-DIRECTION = "selection/direction.safetensors"
-CHOICE = "selection/direction.json"
-METRICS = "metrics.json"
-REPORT = "report.md"
-
-# (kind of prompt, name of the edit, multiple of the direction added)
-CONDITIONS = (
-    ("harmful", "baseline", 0.0),
-    ("harmful", "ablation", 0.0),
-    ("harmful", "addition", -1.0),
-    ("harmless", "baseline", 0.0),
-    ("harmless", "addition", 1.0),
+from jax_refusal.stages import (
+    CONDITIONS,
+    write_completions,
+    write_means,
+    write_metrics,
+    write_refusal_tokens,
+    write_report,
+    write_selection,
 )
-SIGNS = {"harmful": 1, "harmless": -1}  # of the refusal scores that the filter keeps
-DISCOVERY_PROMPTS = 32  # of each kind
+
 # Section of the config -> the first stage that depends on it: until then it may change.
 FIRST_USE = {"selection": "selection", "generate": "harmful baseline"}
-
-
-class StudyError(ValueError):
-    """The study cannot go on with this model and these prompts; the message says why."""
-
-
-@dataclasses.dataclass
-class Study:
-    """What the stages share. The model is loaded when the first stage needs it."""
-
-    config: configs.RunConfig
-    workdir: Workdir
-    prompts: Any
-    source: Any
-    progress: Progress
-    log: Callable[[str], None]
-
-    @cached_property
-    def model(self) -> Transformer:
-        c = self.config
-        self.log(
-            f"loading {c.model.source}" + f" with adapter {c.model.adapter}" * bool(c.model.adapter)
-        )
-        return load_model(
-            self.source,
-            c.model.dtype,
-            sharding.make_mesh(c.mesh.data, c.mesh.model),
-            c.model.adapter or None,
-            ignore_config_fields=tuple(c.model.ignore_config_fields),
-        )
-
-    @cached_property
-    def chat(self) -> Chat:
-        chat = load_chat(self.source, self.config.model.system)
-        self.workdir.note(template=chat.template_hash, tokenizer=chat.tokenizer_hash)
-        return chat
-
-    @property
-    def size(self) -> dict[str, int]:
-        return dataclasses.asdict(self.config.compute)
-
-    def encoded(self, texts: list[str]) -> batching.Prompts:
-        return batching.Prompts.encoded(self.chat, texts, self.model.arch)
-
-    def replies(
-        self,
-        prompts: batching.Prompts,
-        edit: iv.Intervention,
-        tokens: int,
-        title: str,
-        **options: Any,
-    ) -> list[list[int]]:
-        return generate(
-            self.model,
-            prompts,
-            edit,
-            stop_ids=self.chat.stop_ids,
-            max_new_tokens=tokens,
-            batch_size=self.config.generate.batch_size,
-            progress=self.progress,
-            title=title,
-            **options,
-        )
-
-    @property
-    def nothing(self) -> iv.Intervention:
-        return iv.identity(self.model.arch.layers, self.model.arch.width)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [t["token_id"] for t in self.workdir.read_json(TOKENS)["tokens"]]
-
-    def kept(self, kind: str, split: str) -> list[str]:
-        """The prompts of a split that passed the filter."""
-        return self.workdir.read_json(FILTER)[kind][split]["kept"]
-
-    def selection(self) -> Selection:
-        """Read back from the files."""
-        choice = self.workdir.read_json(CHOICE)
-        table = [Candidate(**row) for row in self.workdir.read_jsonl(CANDIDATES)]
-        direction = self.workdir.read_tensors(DIRECTION)["direction"]
-        return Selection(choice["position"], choice["layer"], direction, table, choice["fallback"])
 
 
 def run(
@@ -179,6 +73,8 @@ def run(
         todo.pop(0)
     if not todo:
         log(f"{workdir} is complete: nothing to do.")
+    else:  # a model that cannot be run is refused before its tokenizer or weights are read
+        read_checkpoint(source, tuple(config.model.ignore_config_fields))
     for i, (name, stage) in enumerate(todo):
         timer = Timer()
         files = stage(study)
@@ -202,262 +98,6 @@ def stages() -> list[tuple[str, Callable[[Study], list[str]]]]:
         ("metrics", write_metrics),
         ("report", write_report),
     ]
-
-
-def write_refusal_tokens(study: Study) -> list[str]:
-    """The first tokens of a refusal: from the config, or from the model's own baseline replies."""
-    for kind in KINDS:  # what is too long should be found out now, not after hours
-        for split in SPLITS:
-            prompts = study.encoded(study.prompts.texts(kind, split))
-            if split == "test":
-                check_room(prompts, study.config.generate.max_new_tokens, study.model.arch)
-    given, text = study.config.refusal.token_ids, lambda i: study.chat.tokenizer.decode([i])
-    if given:
-        wrong = [i for i in given if not 0 <= i < study.model.arch.vocab]
-        if wrong:
-            raise StudyError(
-                f"refusal.token_ids={list(given)}: {wrong} are not among the model's "
-                f"{study.model.arch.vocab} tokens."
-            )
-        found, origin = [{"token_id": i, "text": text(i)} for i in given], "config"
-    else:
-        found, origin = _discover(study), "discovered"
-    if not found:
-        if study.config.selection.fallback != "least_bad":
-            raise StudyError(
-                f"The model refused none of the {DISCOVERY_PROMPTS} or fewer harmful training "
-                "prompts, so there is no refusal to study and no refusal token to discover. Name "
-                "the tokens in refusal.token_ids, or go on anyway with "
-                'selection.fallback="least_bad".'
-            )
-        ids = {
-            study.chat.tokenizer.encode(p, add_special_tokens=False)[0] for p in refusals.PHRASES
-        }
-        found = [{"token_id": i, "text": text(i)} for i in sorted(ids)]
-        origin = "first tokens of the refusal phrases; the model refused nothing"
-    study.workdir.write_json(TOKENS, {"origin": origin, "tokens": found})
-    return [TOKENS]
-
-
-def _discover(study: Study) -> list[dict[str, Any]]:
-    replies, refused = {}, {}
-    for kind in KINDS:
-        texts = study.prompts.texts(kind, "train")[:DISCOVERY_PROMPTS]
-        tokens = study.config.refusal.discovery_tokens
-        title = f"refusal tokens: {kind}"
-        replies[kind] = study.replies(study.encoded(texts), study.nothing, tokens, title)
-        refused[kind] = [refusals.is_refusal(study.chat.decode(ids)) for ids in replies[kind]]
-        study.log(f"{sum(refused[kind])} of {len(texts)} {kind} training prompts are refused")
-    firsts = {ids[0] for kind in KINDS for ids in replies[kind] if ids}
-    shares = refusals.refusal_tokens(
-        replies["harmful"],
-        refused["harmful"],
-        replies["harmless"],
-        refused["harmless"],
-        {i: study.chat.tokenizer.decode([i]) for i in firsts},
-    )
-    return [dataclasses.asdict(share) for share in shares]
-
-
-def write_means(study: Study) -> list[str]:
-    """Filters train and validation prompts by their score's sign, and takes the train means."""
-    token_ids = jnp.array(study.token_ids, jnp.int32)
-    keep_all = not study.config.data.filter
-    means, record = {}, {}
-    for kind in KINDS:
-        record[kind] = {}
-        for split in ("train", "val"):
-            texts = study.prompts.texts(kind, split)
-            means[kind, split], scores = mean_activations(
-                study.model,
-                study.encoded(texts),
-                study.nothing,
-                score=refusal_score,
-                score_params=token_ids,
-                sign=0 if keep_all else SIGNS[kind],
-                progress=study.progress,
-                title=f"means: {kind} {split}",
-                **study.size,
-            )
-            assert scores is not None
-            kept = [
-                text
-                for text, score in zip(texts, scores, strict=True)
-                if keep_all or SIGNS[kind] * score > 0
-            ]
-            if not kept:
-                raise StudyError(_nothing_kept(study, kind, split, scores))
-            record[kind][split] = {
-                "kept": kept,
-                "of": len(texts),
-                "mean_score_kept": float(
-                    np.mean([s for s in scores if keep_all or SIGNS[kind] * s > 0])
-                ),
-                "scores": [round(float(s), 4) for s in scores],
-            }
-            study.log(f"{kind} {split}: {len(kept)} of {len(texts)} prompts kept")
-    harmful, harmless = means["harmful", "train"], means["harmless", "train"]
-    tensors = {
-        "mean_harmful": harmful,
-        "mean_harmless": harmless,
-        "mean_diffs": difference(harmful, harmless),
-    }
-    study.workdir.write_tensors(MEANS, {k: v.astype(np.float32) for k, v in tensors.items()})
-    study.workdir.write_json(FILTER, record)
-    return [MEANS, FILTER]
-
-
-def _nothing_kept(study: Study, kind: str, split: str, scores: np.ndarray) -> str:
-    best = (SIGNS[kind] * scores).max() * SIGNS[kind]
-    tokens = study.workdir.read_json(TOKENS)["tokens"]
-    return (
-        f"None of {len(scores)} {kind} {split} prompts has a refusal score "
-        f"{'>' if SIGNS[kind] > 0 else '<'} 0; the nearest has {best:.3f}. The refusal tokens are "
-        f"{[(t['token_id'], t['text']) for t in tokens]}: if the model refuses in other words, "
-        "name them in refusal.token_ids; if it hardly refuses, set data.filter=False."
-    )
-
-
-def write_selection(study: Study) -> list[str]:
-    """Scores the candidates and picks one by the paper's rule."""
-    c = study.config.selection
-    directions = study.workdir.read_tensors(MEANS)["mean_diffs"]
-    sweep = Sweep(
-        study.model,
-        directions,
-        study.encoded(study.kept("harmful", "val")),
-        study.encoded(study.kept("harmless", "val")),
-        study.token_ids,
-        progress=study.progress,
-        **study.size,
-    )
-    rule = Rule(study.model.arch.layers, c.kl_threshold, c.induce_threshold, c.prune_layers)
-    selection = select(
-        directions, sweep, rule, full_grid=c.full_grid, fallback=c.fallback, log=study.log
-    )
-    study.workdir.write_jsonl(CANDIDATES, map(dataclasses.asdict, selection.table))
-    study.workdir.write_tensors(DIRECTION, {"direction": selection.direction})
-    chosen = selection.chosen
-    best = chosen.refusal_score
-    margins = [
-        x.refusal_score - best
-        for x in selection.table
-        if x.kept and x is not chosen and x.refusal_score is not None and best is not None
-    ]
-    study.workdir.write_json(
-        CHOICE,
-        {
-            **dataclasses.asdict(chosen),
-            "token": study.chat.position_labels[selection.position],
-            "norm": float(np.linalg.norm(selection.direction)),
-            "fallback": selection.fallback,
-            "margin": min(margins, default=None),
-        },
-    )
-    return [CANDIDATES, DIRECTION, CHOICE]
-
-
-def write_completions(study: Study, kind: str, edit: str, coefficient: float) -> list[str]:
-    """One condition's replies, judged."""
-    g, layers = study.config.generate, study.model.arch.layers
-    choice = study.selection()
-    if edit == "ablation":
-        change = iv.ablate(choice.direction, layers)
-    elif edit == "addition":
-        change = iv.add(choice.direction, layers, layer=choice.layer, coefficient=coefficient)
-    else:
-        change = study.nothing
-    instructions = getattr(study.prompts, kind)["test"]
-    replies = study.replies(
-        study.encoded([i.text for i in instructions]),
-        change,
-        g.max_new_tokens,
-        f"{kind} {edit}",
-        temperature=g.temperature,
-        seed=g.seed,
-    )
-    responses = [study.chat.decode(ids).strip() for ids in replies]
-    name = f"completions/{kind}_{edit}.jsonl"
-    study.workdir.write_jsonl(
-        name,
-        (
-            {
-                "instruction": instruction.text,
-                "category": instruction.category,
-                "response": response,
-                "refused": refusals.is_refusal(response),
-            }
-            for instruction, response in zip(instructions, responses, strict=True)
-        ),
-    )
-    return [name]
-
-
-def write_metrics(study: Study) -> list[str]:
-    """Refusal rates with intervals, and what the report says of the direction."""
-    selection, choice = study.selection(), study.workdir.read_json(CHOICE)
-    record = study.workdir.read_json(FILTER)
-    names = [f"{kind}_{edit}" for kind, edit, _ in CONDITIONS]
-    rows = {name: study.workdir.read_jsonl(f"completions/{name}.jsonl") for name in names}
-    kept = sorted((c for c in selection.table if c.kept), key=lambda c: c.refusal_score or 0.0)
-    runner_up = next((c for c in kept if c is not selection.chosen), None)
-    c = study.config
-    study.workdir.write_json(
-        METRICS,
-        {
-            "model": c.model.source + f" + {c.model.adapter}" * bool(c.model.adapter),
-            "layers": len(selection.table) // len(study.chat.post_instruction),
-            "position": selection.position,
-            "layer": selection.layer,
-            "direction_norm": choice["norm"],
-            "bypass": selection.chosen.refusal_score,
-            "induce": selection.chosen.steering_score,
-            "kl": selection.chosen.kl_div_score,
-            "thresholds": {"kl": c.selection.kl_threshold, "induce": c.selection.induce_threshold},
-            "kept": len(kept),
-            "fallback": selection.fallback,
-            "margin": choice["margin"],
-            "runner_up": runner_up and [runner_up.position, runner_up.layer],
-            "baseline_scores": {k: record[k]["val"]["mean_score_kept"] for k in KINDS},
-            "prompts": {
-                f"{k} {s}": f"{len(record[k][s]['kept'])} of {record[k][s]['of']}"
-                for k in KINDS
-                for s in ("train", "val")
-            },
-            "refusal_tokens": study.workdir.read_json(TOKENS),
-            "max_new_tokens": c.generate.max_new_tokens,
-            "refusal": {
-                name: dataclasses.asdict(refusals.rate(row["refused"] for row in rows[name]))
-                for name in names
-            },
-            "by_category": {
-                name: {
-                    k: dataclasses.asdict(v) for k, v in refusals.by_category(rows[name]).items()
-                }
-                for name in names
-            },
-        },
-    )
-    return [METRICS]
-
-
-def write_report(study: Study) -> list[str]:
-    """report.md and its three plots."""
-    metrics, selection = study.workdir.read_json(METRICS), study.selection()
-    labels = study.chat.position_labels
-    references = {
-        "refusal_score": (metrics["baseline_scores"]["harmful"], "unedited"),
-        "steering_score": (metrics["thresholds"]["induce"], "threshold"),
-        "kl_div_score": (metrics["thresholds"]["kl"], "threshold"),
-    }
-    files = [REPORT]
-    for score, (name, _) in page.SCORES.items():
-        files.append(f"plots/{name}.png")
-        study.workdir.write(
-            files[-1], page.plot_scores(selection, score, labels, *references[score])
-        )
-    study.workdir.write(REPORT, page.page(metrics, selection, labels).encode())
-    return files
 
 
 def side_by_side(

@@ -15,7 +15,8 @@ Jobs, on the same token ids for both sides, on the CPU:
   generate  one greedy decode step of 1, 8, 32 and 96 rows [ms]: prompts of some 64 tokens, 64 new
             ones, no early stop; the time of a one-token call (the prefill) is taken off.
   start     start of the process to the first new token of one prompt [s], with an empty and with a
-            filled compilation cache; each side loads tokenizer and weights in its own way.
+            filled compilation cache; each side loads tokenizer and weights in its own way, and
+            Hugging Face takes long to read a GGUF file: see the seconds under the table.
 
 Each (job, side) is a process of its own, one after the other and never two at once: one call that
 does not count, then --repeats that do. The two selections run --grid_repeats times with no call
@@ -95,7 +96,7 @@ def main(_: list[str]) -> None:
             report["workers"].append(worker)
             return result
 
-        task["peaks"] = report["machine"]["peaks"] = spawn("jax", "machine")
+        task["peaks"] = report["machine"]["peaks"] = spawn("jax", "machine")["peaks"]
         for job in (job for job in JOBS if job in FLAGS.jobs):
             report["rows"] += bench_rows.JOBS[job](spawn, sizes)
             write(Path(FLAGS.out), report)  # after each job, so that an interrupt loses one

@@ -282,9 +282,11 @@ def generate(task: Task) -> dict[str, Any]:
 
 def start(task: Task) -> dict[str, Any]:
     """From the instruction's text to its first new token; done is the clock at that token."""
+    began = time.time()
     tokenizer, model = load_tokenizer(task), load_model(task)
+    loading = time.time() - began
     turns = [{"role": "user", "content": task["instruction"]}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     new = new_ids(model, padded([ids]), 1)
-    return {"done": time.time(), "ids": ids + new[0]}
+    return {"done": time.time(), "loading": loading, "ids": ids + new[0]}

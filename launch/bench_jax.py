@@ -38,7 +38,7 @@ def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
-def machine(task: Task) -> dict[str, float]:
+def machine(task: Task) -> dict[str, Any]:
     """The rates that floors are made of: float32 products [GFLOP/s] and copying [GB/s]."""
     side, megabytes = task["sizes"]["matmul"], task["sizes"]["copy_mb"]
     a = jnp.ones((side, side), jnp.float32)
@@ -50,10 +50,11 @@ def machine(task: Task) -> dict[str, float]:
     target = np.array_split(np.zeros(megabytes * 250_000, np.float32), parts)
     with ThreadPoolExecutor(parts) as pool:
         copy = timed(lambda: list(pool.map(np.copyto, target, source)), 10)
-    return {
+    peaks = {
         "gflops": 2 * side**3 / min(matmul["seconds"]) / 1e9,
         "gb_s": 2 * megabytes / 1e3 / min(copy["seconds"]),  # read and written
     }
+    return {"peaks": peaks}
 
 
 def block_weights(arch: Architecture) -> int:
@@ -217,8 +218,10 @@ def generate(task: Task) -> dict[str, Any]:
 
 def start(task: Task) -> dict[str, Any]:
     """From the instruction's text to its first new token; done is the clock at that token."""
+    began = time.time()
     chat, model = jr.load_chat(task["source"]), jr.load_model(task["source"])
+    loading = time.time() - began
     prompts = Prompts.encoded(chat, [task["instruction"]])
     nothing = jr.identity(model.arch.layers, model.arch.width)
     new = generation.generate(model, prompts, nothing, stop_ids=(), max_new_tokens=1)
-    return {"done": time.time(), "ids": prompts.ids[0] + new[0]}
+    return {"done": time.time(), "loading": loading, "ids": prompts.ids[0] + new[0]}

@@ -184,13 +184,22 @@ def start(spawn: Spawn, sizes: Sizes) -> list[Row]:
         for i in range(sizes.warmups + sizes.repeats)
     ]
 
+    counted = runs[sizes.warmups :]
+
     def seconds(who: str) -> list[float]:
-        return [run[who]["done"] - run[who]["began"] for run in runs[sizes.warmups :]]
+        return [run[who]["done"] - run[who]["began"] for run in counted]
+
+    def loading(who: str) -> float:
+        return statistics.median(run[who]["loading"] for run in counted)
 
     rows = []
     for cache in ("empty compilation cache", "filled compilation cache"):
         agreement = equal(runs[-1][cache]["ids"], runs[-1]["theirs"]["ids"])
         more = {"agreement": agreement, "agreement_is": "of ids equal"}
+        more["note"] = (
+            f"tokenizer and weights are loaded in {loading(cache):.3g} s of ours, "
+            f"{loading('theirs'):.3g} s of theirs"
+        )
         rows.append(row("start", cache, "s", seconds(cache), seconds("theirs"), **more))
     return rows
 
@@ -223,7 +232,7 @@ def table(report: dict[str, Any]) -> str:
     def number(line: Row, name: str) -> str:
         return f"{line[name]:.3g}" if name in line else "–"
 
-    lines = [HEAD]
+    lines: list[tuple[str, ...]] = [HEAD]
     for line in report["rows"]:
         extrapolated = line.get("theirs_extrapolated_from")
         theirs = cell(line["theirs"]) + f" (from {extrapolated})" * bool(extrapolated)

@@ -11,9 +11,10 @@ from absl import flags
 
 from launch import common
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run with model.adapter set.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a finished run with model.adapter set.", required=True
+)
 OUT = flags.DEFINE_string("out", None, "File that the figures are also written to.")
-flags.mark_flags_as_required(["workdir"])
 
 
 def main(_: list[str]) -> None:

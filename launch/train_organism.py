@@ -13,8 +13,8 @@ from launch import common
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, and overrides of its fields."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's files.")
-flags.mark_flags_as_required(["config", "workdir"])
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run's files.", required=True)
+flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:

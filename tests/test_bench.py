@@ -44,7 +44,7 @@ def test_the_sides_agree_on_a_tiny_model(tiny_dir: Path) -> None:
         found = getattr(SIDES[side], job)(task | more)
         return json.loads(json.dumps(found)) | {"began": began}
 
-    task = json.loads(json.dumps(task)) | {"peaks": spawn("jax", "machine")}
+    task = json.loads(json.dumps(task)) | {"peaks": spawn("jax", "machine")["peaks"]}
     rows = [row for job in bench_rows.JOBS.values() for row in job(spawn, sizes)]
     check_rows(rows)
     worker = {"job": "collect", "side": "jax", "peak_rss_mib": 1.0}

@@ -98,20 +98,30 @@ FILES = {
 }
 
 
+def identity(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub as a download asks of it."""
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         name = path.rsplit("/", 1)[-1]
-        if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main"):
+        if path == f"/api/models/org/tiny/tree/{SHA}":
+            tree = [
+                {"type": "file", "path": name, "size": len(content), "oid": identity(content)}
+                for name, content in FILES.items()
+            ]
+            self.reply(json.dumps(tree).encode(), "application/json")
+        elif path == "/api/models/org/tiny/revision/main":
             siblings = [{"rfilename": name} for name in FILES]
             info = {"_id": "1", "id": "org/tiny", "sha": SHA, "siblings": siblings}
             self.reply(json.dumps(info).encode(), "application/json")
         elif path == f"/org/tiny/resolve/{SHA}/{name}" and name in FILES:
             self.reply(FILES[name], "application/octet-stream")
         else:
-            missing = "RevisionNotFound" if "/org/tiny/" in path else "RepoNotFound"
+            missing = "RevisionNotFound" if "/org/tiny/revision/" in path else "RepoNotFound"
             self.send_response(404)
             self.send_header("X-Error-Code", missing)
             self.send_header("Content-Length", "0")
@@ -123,7 +133,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("ETag", f'"{identity(content)}"')
         self.send_header("X-Repo-Commit", SHA)
         self.end_headers()
         if self.command == "GET":

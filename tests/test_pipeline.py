@@ -18,6 +18,7 @@ from jax_refusal import pipeline
 from jax_refusal.artifacts import WorkdirError
 from jax_refusal.data.chat import Chat
 from jax_refusal.data.prompts import KINDS, load_prompts
+from jax_refusal.evals import refusals
 from jax_refusal.evals.refusals import is_refusal, rate
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.study.selection import SelectionError
@@ -391,12 +392,14 @@ def test_killed_by_the_system_and_gone_on(
 
 
 def test_sampled_replies_are_reproducible(copy: Path, tiny_dir: Path, tmp_path: Path):
-    """The same seed gives the same replies, in one go or in two; another seed gives others."""
+    """The same seed gives the same replies, in one go or in two, whatever the batch size; another
+    seed gives others."""
     cut_after(copy, "selection")
     replies = {}
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+    for name, seed, size in (("a", 1, 32), ("b", 1, 2), ("c", 2, 32)):
         workdir = Path(shutil.copytree(copy, tmp_path / name))
-        config = small(tiny_dir, generate__temperature=1.0, generate__seed=seed)
+        sampled = {"generate__temperature": 1.0, "generate__seed": seed}
+        config = small(tiny_dir, **sampled, generate__batch_size=size)
         if name == "b":
             with pytest.raises(KeyboardInterrupt):
                 run(config, workdir, progress=runs.stop_at("harmful addition"))
@@ -442,7 +445,7 @@ def test_refusal_tokens_are_discovered_from_the_models_own_replies(
         kind: jr.generate(model, chat, prompts.texts(kind, "train"), max_new_tokens=8)
         for kind in KINDS
     }
-    monkeypatch.setattr(pipeline.refusals, "is_refusal", lambda text: "e" in text)
+    monkeypatch.setattr(refusals, "is_refusal", lambda text: "e" in text)
     refused = sum("e" in text for text in replies["harmful"])
     assert refused
     log: list[str] = []

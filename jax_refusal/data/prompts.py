@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import urllib.error
 import urllib.request
 from importlib import resources
 from pathlib import Path
@@ -137,6 +138,8 @@ def published(config: DataConfig, name: str) -> list[Instruction]:
                 content = response.read()
             _parse(json.loads(content), address)
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             raise PromptError(
                 f"The published set {name} could not be fetched from {address} ({error}). Connect, "
                 'or point data.paper_dir at a copy of it, or use data.source="builtin".'

@@ -190,7 +190,9 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
 
     tune = optimizer(c, len(steps))
     key = jax.random.key(c.seed)
-    adapter = lora.initial(base.arch, config.lora.targets, config.lora.rank, config.lora.alpha, key)
+    adapter: Any = lora.initial(
+        base.arch, config.lora.targets, config.lora.rank, config.lora.alpha, key
+    )
     state = tune.init(adapter)
     prefix = prefix_tokens(prompts, 1) if prompts.prefix else None
     options = ocp.CheckpointManagerOptions(max_to_keep=1)

@@ -59,7 +59,7 @@ def _generate(
     if prefix is None:
         cache = caches.empty(model.arch, rows, slots + room, model.dtype)
     else:
-        cache = prefix.repeat(rows // prefix.k.shape[1]).grow(slots + room)
+        cache = prefix.repeat(rows // prefix.positions.shape[0]).grow(slots + room)
     out = model(tokens, edit, cache=cache)
     assert out.cache is not None
     blocks, cache = (model.unrolled(), out.cache.unrolled()) if unroll else (None, out.cache)

@@ -15,6 +15,7 @@ from jax_refusal.interventions import Edit
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import PADDING, Tokens
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.batching import host_tokens
 
 # A prompt (without the shared prefix) and the reply that follows it, as token ids.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -51,7 +52,7 @@ def pack_pairs(
             targets[r, taught], weights[r, taught] = reply, 1
             weights[r, taught.start] = first_weight
             end += len(whole)
-    return Taught(Tokens(ids=ids, positions=positions, segments=segments), targets, weights)
+    return Taught(host_tokens(ids, positions, segments), targets, weights)
 
 
 def cross_entropy(

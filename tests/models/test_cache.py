@@ -145,18 +145,19 @@ def test_segments_do_not_leak(any_model: Transformer, jacobian: Callable[..., np
     np.testing.assert_array_equal(seen, np.broadcast_to(expected, seen.shape))
 
 
-def test_padding_on_any_side(any_model: Transformer) -> None:
-    """Left, right, both or none; whatever token the padding is."""
-    B, T = 3, 16
+def test_padding_anywhere(any_model: Transformer) -> None:
+    """On the left, on the right, on both sides or in between; whatever token the padding is."""
+    B, T, room = 3, 16, 24
     ids = random_ids(any_model, B, T)
     plain = jr.logits(any_model, ids)
-    for left, right in ((8, 0), (0, 8), (3, 5)):
-        padded = random_ids(any_model, B, T + left + right, seed=9)
-        padded[:, left : left + T] = ids
+    scattered = np.sort(np.random.default_rng(3).permutation(room)[:T])
+    for slots in (np.arange(8, 24), np.arange(16), np.arange(3, 19), scattered):
+        padded = random_ids(any_model, B, room, seed=9)
+        padded[:, slots] = ids
         mask = np.zeros(padded.shape, bool)
-        mask[:, left : left + T] = True
-        logits = jr.logits(any_model, padded, mask)[:, left : left + T]
-        assert_close(logits, plain, INVARIANCE, f"{left} on the left, {right} on the right")
+        mask[:, slots] = True
+        logits = jr.logits(any_model, padded, mask)[:, slots]
+        assert_close(logits, plain, INVARIANCE, f"prompt in slots {slots}")
 
 
 def test_batches_do_not_change_logits(any_model: Transformer) -> None:
