@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
 
 import jax_refusal as jr
-from jax_refusal import pipeline
+from jax_refusal import pipeline, session
 from jax_refusal.artifacts import WorkdirError
 from jax_refusal.data.chat import Chat
 from jax_refusal.data.prompts import KINDS, load_prompts
@@ -220,7 +220,7 @@ def test_a_second_run_does_nothing_and_says_so(finished: Path, tiny_dir: Path, m
     def no_model(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(pipeline, "load_model", no_model)
+    monkeypatch.setattr(session, "load_model", no_model)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     log = run(small(tiny_dir), finished)
     assert log == [f"{finished} is complete: nothing to do."]
