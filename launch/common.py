@@ -1,6 +1,7 @@
 """What the entry points share: progress bars, log lines, and errors as one message."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -40,7 +41,9 @@ def start(
     """Runs an entry point: checks the flags, keeps compiled programs, words the errors."""
 
     def parsed(given: list[str]) -> list[str]:
-        from jax_refusal import config
+        # transformers would warn that there is no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from jax_refusal import config
 
         return flags.FLAGS(config.check_overrides(given, schema or config.RunConfig))
 
@@ -70,6 +73,8 @@ def start(
 
 def settings(config_flag: flags.FlagHolder) -> Any:
     """The config of a --config flag, with its overrides."""
+    # transformers would warn that there is no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from jax_refusal import config
 
     return config.empty_optional(config_flag.value, sys.argv)
