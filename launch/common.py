@@ -41,11 +41,12 @@ def start(
     """Runs an entry point: checks the flags, keeps compiled programs, words the errors."""
 
     def parsed(given: list[str]) -> list[str]:
-        # transformers would warn that there is no PyTorch; none is needed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from jax_refusal import config
+        from jax_refusal import config
 
         return flags.FLAGS(config.check_overrides(given, schema or config.RunConfig))
+
+    # transformers would warn that there is no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def guarded(rest: list[str]) -> None:
         from jax_refusal.runtime.startup import keep_compiled_programs
@@ -73,8 +74,6 @@ def start(
 
 def settings(config_flag: flags.FlagHolder) -> Any:
     """The config of a --config flag, with its overrides."""
-    # transformers would warn that there is no PyTorch; none is needed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from jax_refusal import config
 
     return config.empty_optional(config_flag.value, sys.argv)
