@@ -48,7 +48,14 @@ def plot_scores(
         axes.axhline(reference, color="grey", linestyle="--", label=reference_name)
     if score == "kl_div_score":
         axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_ylim(bottom=0)
+    axes.set_xlim(-0.5, max(c.layer for c in selection.table) + 0.5)
     axes.set_xlabel("layer")
+    if any(getattr(c, score) is None for c in selection.table):
+        axes.set_title(
+            "only candidates that passed the cheaper criteria; selection.full_grid scores all",
+            fontsize="small",
+        )
     axes.set_ylabel(SCORES[score][1].replace(" (nats)", "\n(nats)"))
     axes.legend(fontsize="small")
     buffer = io.BytesIO()
@@ -118,7 +125,9 @@ def page(metrics: Mapping[str, Any], selection: Selection, labels: Sequence[str]
         + ", ".join(f"`{t['text']}` ({t['token_id']})" for t in metrics["refusal_tokens"]["tokens"])
         + ".",
         f"Post-instruction tokens: {' '.join(f'`{text}`' for text in labels)}.",
-        f"Prompts after the filter: {metrics['prompts']}.",
+        "Prompts that passed the filter: "
+        + ", ".join(f"{name} {count}" for name, count in metrics["prompts"].items())
+        + ".",
         "",
     ]
     lines += [f"![{name}](plots/{name}.png)\n" for name, _ in SCORES.values()]
