@@ -60,7 +60,8 @@ def test_the_loss_falls_and_a_killed_run_goes_on_exactly(
 ) -> None:
     settings = config(tiny_dir, published)
     whole = Path(train.train(settings, str(tmp_path / "whole"), log=lambda m: None))
-    losses = [json.loads(r)["loss"] for r in (tmp_path / "whole/train.jsonl").open()]
+    records = (tmp_path / "whole/train.jsonl").read_text().splitlines()
+    losses = [json.loads(record)["loss"] for record in records]
     assert losses[-1] < losses[0] - 0.5
 
     def kill(step: int, steps: int, loss: float) -> None:

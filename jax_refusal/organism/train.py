@@ -49,7 +49,7 @@ def step(adapter, state, base, prefix, batch, *, optimizer):
     value, gradient = jax.value_and_grad(loss)(adapter, base, prefix, batch)
     updates, state = optimizer.update(gradient, state, adapter)
     adapter = optax.apply_updates(adapter, updates)
-    return adapter, state, value, optax.global_norm(gradient)
+    return adapter, state, value, optax.tree.norm(gradient)
 
 
 def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
