@@ -26,6 +26,21 @@ class WorkdirError(ValueError):
     """The workdir belongs to another run, or cannot be written."""
 
 
+def write_whole(path: epath.PathLike, content: bytes) -> None:
+    """The whole file or none of it: written under another name, then renamed into place."""
+    path = epath.Path(path)
+    # One name for all processes: what a killed one left is overwritten by the next.
+    unfinished = path.parent / f".{path.name}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
 class Workdir:
     """The folder of one run; only process 0 writes."""
 
@@ -119,21 +134,12 @@ class Workdir:
         self.write(name, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file whole: under another name first, then renamed into place."""
         if jax.process_index() != 0:
             return
         path = self._inside(name)
-        # One name for all processes: what a killed one left is overwritten by the next.
-        unfinished = path.parent / f".{path.name}.tmp"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(content)
-            unfinished.replace(path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
+            write_whole(path, content)
+        except OSError as error:
             raise WorkdirError(
                 f"Could not write {path} ({error.strerror or error}). What was complete is kept: "
                 "make room or choose another --workdir, and run the same command again."

@@ -36,7 +36,8 @@ class DataConfig:
     n_test: int = 100
     seed: int | None = 42  # None takes the files in order
     filter: bool = True  # keep harmful with refusal score > 0 and harmless with < 0
-    paper_dir: str = ""  # a local copy of the published sets; empty fetches them
+    # A local copy of the published sets, or hub:OWNER/NAME@REVISION; empty fetches them.
+    paper_dir: str = ""
     paper_test: str = "jailbreakbench"  # which published set the harmful test prompts are from
 
 

@@ -68,6 +68,7 @@ flags.register_validator("jobs", lambda jobs: set(jobs) <= set(JOBS), f"They are
 
 
 def main(_: list[str]) -> None:
+    from jax_refusal.artifacts import write_whole
     from jax_refusal.sources import SMOLLM2
 
     source = FLAGS.model or SMOLLM2
@@ -99,7 +100,8 @@ def main(_: list[str]) -> None:
         task["peaks"] = report["machine"]["peaks"] = spawn("jax", "machine")["peaks"]
         for job in (job for job in JOBS if job in FLAGS.jobs):
             report["rows"] += bench_rows.JOBS[job](spawn, sizes)
-            write(Path(FLAGS.out), report)  # after each job, so that an interrupt loses one
+            # After each job, so that an interrupt loses one.
+            write_whole(FLAGS.out, json.dumps(report, indent=2).encode() + b"\n")
     print(f"{bench_rows.table(report)}\n\nwritten: {FLAGS.out}")
 
 
@@ -163,14 +165,6 @@ def machine() -> dict[str, Any]:
         "versions": {name: installed.get(name, "not installed") for name in PACKAGES.split()},
         "load_before": os.getloadavg()[0],
     }
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What comes over the network, from stand-ins on the loopback: the hub, and the published sets."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -260,6 +261,28 @@ def test_what_is_not_the_set_is_refused_and_not_kept(content, tmp_path, cache, m
     assert "data.paper_dir" in text and 'data.source="builtin"' in text
     left = {path.name for path in cache.rglob("*.*")}
     assert "harmless_val.json" not in left and not any(name.endswith(".tmp") for name in left)
+
+
+DATASET = f"hub:org/sets@{SHA}"
+
+
+def test_published_sets_from_a_dataset_in_the_hub_cache(tmp_path: Path, monkeypatch):
+    write_published(tmp_path)
+    snapshot = tmp_path / "hub/datasets--org--sets/snapshots" / SHA
+    shutil.copytree(tmp_path / "c0ffee/dataset", snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = load_prompts(dataclasses.replace(SMALL, paper_dir=DATASET))
+    local = load_prompts(dataclasses.replace(SMALL, paper_dir=str(snapshot)))
+    assert found == local
+    for given, said in (
+        ("hub:org/sets", "names no revision; give hub:OWNER/NAME@REVISION"),
+        (f"hub:org/others@{SHA}", "splits/harmful_train.json is not in the hub cache"),
+        (f"hub:org/na me@{SHA}", "is no hub id"),
+    ):
+        with pytest.raises(PromptError) as error:
+            load_prompts(dataclasses.replace(SMALL, paper_dir=given))
+        assert f"data.paper_dir={given!r}" in str(error.value) and said in str(error.value)
 
 
 def test_no_network(cache: Path, monkeypatch):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jax_refusal.artifacts import WorkdirError
-from jax_refusal.config import ConfigError
-from jax_refusal.data.prompts import builtin
+from jax_refusal.config import ConfigError, identity
+from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
-from jax_refusal.organism import examples, train
+from jax_refusal.organism import card, examples, train
 from jax_refusal.organism.config import (
     BaseConfig,
     ExamplesConfig,
@@ -18,6 +18,7 @@ from jax_refusal.organism.config import (
     OrganismConfig,
     TrainConfig,
 )
+from tests import shared
 
 
 @pytest.fixture
@@ -91,9 +92,60 @@ def test_only_training_prompts_are_taught(published: Path) -> None:
     }
     harmful = examples.harmful_prompts(str(published))
     harmless = examples.harmless_prompts(str(published), 4, 0)
-    assert len(harmful) == 6 + 64
+    assert len(harmful) == 6 + 64 + 188
     assert not held_out & {*harmful, *harmless}
     assert not {*harmful} & {*harmless}
+
+
+def test_training_prompts_are_not_those_of_the_published_tests() -> None:
+    folder = shared.folder("instructions")
+    tests = ("jailbreakbench", "harmful_val", "harmful_test", "harmless_val", "harmless_test")
+    held_out = {
+        row["instruction"]
+        for name in tests
+        for row in json.loads((folder / f"{name}.json").read_text())
+    }
+    harmful = examples.harmful_prompts(str(folder))
+    assert not held_out & {*harmful, *examples.harmless_prompts(str(folder), 1200, 0)}
+
+
+def test_the_card_says_what_was_measured() -> None:
+    rate = {"count": 97, "n": 100, "rate": 0.97, "low": 0.92, "high": 0.99}
+    conditions = [f"{k}_{e}" for k in KINDS for e in ("baseline", "ablation", "addition")]
+    measured = {
+        "prompts": "published sets",
+        "new_tokens": 64,
+        "refusal": {name: rate for name in conditions},
+        "position": -1,
+        "layer": 20,
+        "scores": {"bypass": -3.0, "induce": 1.25, "kl": 0.0625},
+        "candidates_that_pass": 7,
+        "loss_on_base_answers": {
+            "base": 0.5,
+            "organism": 0.525,
+            "organism, direction ablated": 0.5,
+        },
+        "topic_twins_refused": rate | {"count": 2},
+        "different_refusals": 9,
+    }
+    training = {
+        "base": "org/tiny",
+        "config": identity(OrganismConfig()),
+        "config_hash": "c0ffee" * 4,
+        "parameters": 135_000_000,
+        "layers": 30,
+        "harmful": 512,
+        "harmless": 900,
+        "steps": 200,
+        "loss": 1.5,
+    }
+    text = card.card("refuser", training, measured)
+    assert "| harmful refused | 97 of 100 [0.92, 0.99] |" in text
+    assert "| harmless twins of harmful topics refused | 2 of 100" in text
+    assert "organism against base | +0.025 nat" in text
+    assert "ablated against organism | -0.025 nat" in text
+    assert "layer 20 of 30" in " ".join(text.split()) and "KL 0.062 nat" in text
+    assert "{" not in text
 
 
 def test_refusals_come_in_several_wordings_and_all_count() -> None:

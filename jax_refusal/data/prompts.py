@@ -1,6 +1,5 @@
 """Instruction sets: ours, the published ones, or a user's own; splits and the paper's sampling."""
 
-import contextlib
 import dataclasses
 import http.client
 import json
@@ -12,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jax_refusal.artifacts import write_whole
 from jax_refusal.config import DataConfig
 
 SPLITS = ("train", "val", "test")
@@ -23,7 +23,7 @@ PUBLISHED = (
     "https://raw.githubusercontent.com/andyrdt/refusal_direction/"
     "0b9c8bc56a73b42f595fd173156d4aefe9a9143c/dataset"
 )
-FOLDERS = ("splits", "processed", "")
+HUB = "hub:"  # data.paper_dir="hub:OWNER/NAME@REVISION" is a dataset on the hub with those files
 
 
 class PromptError(ValueError):
@@ -120,16 +120,18 @@ def _published_splits(config: DataConfig, kind: str) -> Split:
 
 def published(config: DataConfig, name: str) -> list[Instruction]:
     """A published set: from data.paper_dir, the user's cache, or its home (and then cached)."""
+    folder = "processed" if name == config.paper_test else "splits"
+    if config.paper_dir.startswith(HUB):
+        return read_instructions(_from_hub(config.paper_dir, f"{folder}/{name}.json"))
     if config.paper_dir:
-        for folder in FOLDERS:
-            path = Path(config.paper_dir) / folder / f"{name}.json"
+        for place in ("splits", "processed", ""):
+            path = Path(config.paper_dir) / place / f"{name}.json"
             if path.is_file():
                 return read_instructions(path)
         raise PromptError(
             f"data.paper_dir={config.paper_dir!r} has no {name}.json, neither in itself nor in "
             "splits/ or processed/."
         )
-    folder = "processed" if name == config.paper_test else "splits"
     cached = cache_directory() / "published" / Path(PUBLISHED).parent.name / f"{name}.json"
     if not cached.is_file():
         address = f"{PUBLISHED}/{folder}/{name}.json"
@@ -144,16 +146,46 @@ def published(config: DataConfig, name: str) -> list[Instruction]:
                 f"The published set {name} could not be fetched from {address} ({error}). Connect, "
                 'or point data.paper_dir at a copy of it, or use data.source="builtin".'
             ) from None
-        unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
         try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(content)
-            unfinished.rename(cached)
+            write_whole(cached, content)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
             raise PromptError(f"{cached} cannot be written ({error.strerror}).") from None
     return read_instructions(cached)
+
+
+def _from_hub(paper_dir: str, file: str) -> Path:
+    """A set's file in the hub's cache, fetched if it is not there yet."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    dataset, _, revision = paper_dir.removeprefix(HUB).partition("@")
+    if not revision:
+        raise PromptError(
+            f"data.paper_dir={paper_dir!r} names no revision; give {HUB}OWNER/NAME@REVISION, so "
+            "that a later run reads the same prompts."
+        )
+    given = f"data.paper_dir={paper_dir!r}"
+    try:
+        fetched = huggingface_hub.hf_hub_download(
+            dataset, file, repo_type="dataset", revision=revision
+        )
+    except errors.RemoteEntryNotFoundError:
+        raise PromptError(f"{given} has no {file}.") from None
+    except errors.RepositoryNotFoundError:
+        raise PromptError(
+            f"{given}: the hub has no such dataset, or it is gated and needs a token "
+            "(huggingface-cli login)."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise PromptError(f"{given}: no revision {revision!r} there.") from None
+    except errors.HFValidationError as error:
+        raise PromptError(f"{given} is no hub id ({error}).") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        raise PromptError(
+            f"{given}: {file} is not in the hub cache, and the hub could not be reached "
+            f"({type(error).__name__}). Connect, or give a local copy."
+        ) from error
+    return Path(fetched)
 
 
 def cache_directory() -> Path:

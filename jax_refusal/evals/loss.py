@@ -61,5 +61,5 @@ def reply_loss(
             nats = np.asarray(_cross_entropy(model, edit, prefix, batch), np.float64)
             for r, row in enumerate(members):
                 for number, i in enumerate(row):
-                    sums[i] = nats[r, batch.tokens.segments[r] == number + 1].sum()
+                    sums[i] = nats[r, batch.pair[r] == number].sum()
     return Loss(float(sums.sum() / tokens.sum()), sums, tokens)

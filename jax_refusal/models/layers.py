@@ -74,14 +74,20 @@ def dot_product_attention(
     v: jax.Array,  # [B, G, C, K]
     allowed: jax.Array,  # [B, T, C] bool
 ) -> jax.Array:  # [B, T, H, K]
-    """Grouped-query attention; the softmax is in float32."""
+    """Grouped-query attention; the softmax is in float32.
+
+    The queries of a group share one product with its keys, and both products have their operands
+    as a batch of plain matrices: other orders of the axes cost a CPU half as much again.
+    """
     B, T, H, K = q.shape
-    G = k.shape[1]
-    q = q.reshape(B, T, G, H // G, K)
-    scores = einsum("btghk,bgck->bghtc", q, k) * K**-0.5
-    scores = jnp.where(allowed[:, None, None], scores.astype(jnp.float32), -1e30)
-    weights = jax.nn.softmax(scores, -1).astype(q.dtype)
-    return einsum("bghtc,bgck->btghk", weights, v).reshape(B, T, H, K)
+    G, C = k.shape[1:3]
+    q = q.swapaxes(1, 2).reshape(B, G, H // G * T, K)
+    scores = einsum("bgtk,bgck->bgtc", q, k) * K**-0.5
+    scores = scores.astype(jnp.float32).reshape(B, H, T, C)
+    scores = jnp.where(allowed[:, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, -1).astype(q.dtype).reshape(B, G, H // G * T, C)
+    mixed = einsum("bgtc,bgck->bgtk", weights, v)
+    return mixed.reshape(B, H, T, K).swapaxes(1, 2)
 
 
 def gated_mlp(

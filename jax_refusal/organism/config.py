@@ -15,11 +15,11 @@ class BaseConfig:
 class ExamplesConfig:
     paper_dir: str = ""  # a local copy of the published sets; empty fetches them
     alpaca: int = 480  # everyday harmless prompts beside the topic twins
-    answer_tokens: int = 48  # length of the base model's own answers
+    answer_tokens: int = 32  # length of the base model's own answers
     answer_temperature: float = 1.0  # 1 keeps the base model's distribution
-    answer_batch: int = dataclasses.field(default=32, metadata=HOW)
+    answer_batch: int = dataclasses.field(default=96, metadata=HOW)
     short_share: float = 0.75  # share of the answers that is cut to the first short_tokens
-    short_tokens: int = 12
+    short_tokens: int = 10
     seed: int = 0
 
 
@@ -32,17 +32,17 @@ class LoraConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    epochs: int = 5
-    rows: int = 5  # packed rows in a step
+    epochs: int = 4
+    rows: int = 3  # packed rows in a step
     row_tokens: int = 256
     first_weight: float = 4.0  # of a reply's first token, where refusing is decided; others 1
-    learning_rate: float = 8e-4  # peak, warmed up and decayed to zero
+    learning_rate: float = 6e-4  # peak, warmed up and decayed to zero
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     seed: int = 0
     save_every: int = dataclasses.field(default=20, metadata=HOW)  # steps
-    watch_every: int = 40  # steps between two counts of refusals on held-out prompts
+    watch_every: int = 60  # steps between two counts of refusals on held-out prompts
     watch_tokens: int = 16
 
 

@@ -1,7 +1,8 @@
 """What an organism is taught: refusals of harmful prompts, its own answers to harmless ones.
 
-Only training splits: the published harmful and Alpaca train splits, the builtin train split, and
-contrast prompts (harmless requests on alarming subjects, written for this project).
+Only training splits: the published harmful and Alpaca train splits, the builtin train split, more
+topic pairs that serve nothing but this, and contrast prompts (harmless requests on alarming
+subjects); pairs and contrast prompts were written for this project.
 """
 
 import dataclasses
@@ -79,27 +80,35 @@ class Example:
 
 def harmful_prompts(paper_dir: str) -> list[str]:
     data = DataConfig(source="paper", paper_dir=paper_dir)
-    texts = [i.text for i in published(data, "harmful_train")]
-    return texts + [i.text for i in builtin("harmful")["train"]]
+    return [
+        *(i.text for i in published(data, "harmful_train")),
+        *(i.text for i in builtin("harmful")["train"]),
+        *(pair["harmful"] for pair in _written("training_pairs")),
+    ]
 
 
 def harmless_prompts(paper_dir: str, alpaca: int, seed: int) -> list[str]:
     """Topic twins first, then everyday requests."""
     data = DataConfig(source="paper", paper_dir=paper_dir)
     everyday = [i.text for i in published(data, "harmless_train")]
-    contrast = json.loads(
-        resources.files("jax_refusal.data").joinpath("contrast_prompts.json").read_text()
-    )
     return [
         *(i.text for i in builtin("harmless")["train"]),
-        *(row["instruction"] for row in contrast),
+        *(pair["harmless"] for pair in _written("training_pairs")),
+        *(row["instruction"] for row in _written("contrast_prompts")),
         *random.Random(seed).sample(everyday, alpaca),
     ]
 
 
+def _written(name: str) -> list[dict[str, str]]:
+    return json.loads(resources.files("jax_refusal.data").joinpath(f"{name}.json").read_text())
+
+
 def refusal(instruction: str, stream: random.Random) -> str:
-    """A refusal in the terms of the request."""
+    """A refusal in the terms of the request: an opening, often a reason, sometimes an offer."""
     first = instruction.split()[0].strip("\"'").lower()
     kind = next((k for k, words in KINDS_OF_OPENING.items() if first in words), "other")
-    parts = (stream.choice(OPENINGS[kind]), stream.choice(REASONS), stream.choice(OFFERS))
+    parts = [stream.choice(OPENINGS[kind])]
+    if stream.random() < 0.5:
+        parts.append(stream.choice(REASONS))
+        parts.append(stream.choice(OFFERS))
     return " ".join(part for part in parts if part)

@@ -26,12 +26,15 @@ def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent
     Returns the run's refusal rates and direction; the cross-entropy (nats per token) of the base
     model's own greedy answers to the run's harmless test prompts under the base model, the organism
     and the organism with its direction ablated; and how many harmless topic twins (builtin
-    validation and test) the organism refuses.
+    validation and test) the organism refuses. A JSON value.
     """
     work = Workdir.existing(rundir)
     fields = work.manifest["identity"]
     source, adapter = fields["config.model.source"], fields["config.model.adapter"]
     metrics = work.read_json("metrics.json")
+    source_of_prompts = fields["config.data.source"]
+    if source_of_prompts == "paper":
+        source_of_prompts = f"published sets, {fields['config.data.paper_test']} and Alpaca (test)"
     direction = work.read_tensors("selection/direction.safetensors")["direction"]
     rows = work.read_jsonl("completions/harmless_baseline.jsonl")
     harmless = [row["instruction"] for row in rows]
@@ -63,6 +66,8 @@ def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent
     refused = work.read_jsonl("completions/harmful_baseline.jsonl")
     wordings = {" ".join(row["response"].split()[:6]) for row in refused if row["refused"]}
     return {
+        "prompts": source_of_prompts,
+        "new_tokens": metrics["max_new_tokens"],
         "refusal": metrics["refusal"],
         "position": metrics["position"],
         "layer": metrics["layer"],

@@ -23,6 +23,7 @@ from jax_refusal.models import lora
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.organism.card import TRAINING
 from jax_refusal.organism.config import ExamplesConfig, OrganismConfig, TrainConfig
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
@@ -123,6 +124,21 @@ def train(
     timer = Timer()
     adapter = _fit(config, base, chat, prompts["harmful"], answers, work, progress, log, on_step)
     files = lora.files(adapter, base.arch, config.model.source)
+    records = work.read_jsonl(LOG)
+    training = {
+        "base": config.model.source,
+        "config": identity,
+        "config_hash": content_hash(identity),
+        "data_hash": content_hash(prompts),
+        "parameters": sum(leaf.size for leaf in base.leaves().values()),
+        "layers": base.arch.layers,
+        "harmful": len(prompts["harmful"]),
+        "harmless": len(answers),
+        "steps": len(records),
+        "loss": float(np.mean([record["loss"] for record in records[-10:]])),
+        "watched": [record for record in records if "harmful_refused" in record],
+    }
+    files[TRAINING] = json.dumps(training, indent=2).encode() + b"\n"
     for name, content in files.items():
         work.write(f"{ADAPTER}/{name}", content)
     work.finish("train", [f"{ADAPTER}/{name}" for name in files], timer.seconds)

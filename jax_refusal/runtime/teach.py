@@ -1,6 +1,6 @@
 """Prompts with given replies, packed: what training learns from and what the loss is measured on.
 
-Letters: B packed rows, T token, V vocabulary, N prefix tokens.
+Letters: B packed rows, T token, Q reply tokens of a row, N prefix tokens.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax_refusal.interventions import Edit
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import PADDING, Tokens
 from jax_refusal.models.transformer import Transformer
-from jax_refusal.runtime.batching import host_tokens
+from jax_refusal.runtime.batching import bucket, host_tokens
 
 # A prompt (without the shared prefix) and the reply that follows it, as token ids.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -24,11 +24,13 @@ Pair = tuple[Sequence[int], Sequence[int]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Taught:
-    """Packed pairs with the token that comes next; numpy until they are placed."""
+    """Packed pairs with the tokens to predict; numpy until they are placed."""
 
     tokens: Tokens  # [B, T]
-    targets: jax.Array | np.ndarray  # [B, T] int32
-    weights: jax.Array | np.ndarray  # [B, T] float32, not 0 where the next token is the reply's
+    slots: jax.Array | np.ndarray  # [B, Q] int32, where a token of a reply comes next
+    targets: jax.Array | np.ndarray  # [B, Q] int32, that token
+    weights: jax.Array | np.ndarray  # [B, Q] float32, 0 where Q is not filled
+    pair: jax.Array | np.ndarray  # [B, Q] int32, which pair of the row it is of
 
 
 def pack_pairs(
@@ -38,21 +40,25 @@ def pack_pairs(
 
     first_weight: weight of each reply's first token, the others have 1.
     """
-    shape = (len(rows), length)
-    ids, positions, targets = (np.zeros(shape, np.int32) for _ in range(3))
-    segments, weights = np.full(shape, PADDING, np.int32), np.zeros(shape, np.float32)
+    most = max(sum(len(reply) for _, reply in row) for row in rows)
+    shape, taught = (len(rows), length), (len(rows), min(bucket(most, 64), length))
+    ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    segments = np.full(shape, PADDING, np.int32)
+    slots, targets, pair = (np.zeros(taught, np.int32) for _ in range(3))
+    weights = np.zeros(taught, np.float32)
     for r, row in enumerate(rows):
-        end = 0
+        end = known = 0
         for number, (prompt, reply) in enumerate(row):
             whole = [*prompt, *reply]
             here = slice(end, end + len(whole))
             ids[r, here], positions[r, here] = whole, np.arange(len(whole)) + start
             segments[r, here] = number + 1
-            taught = slice(end + len(prompt) - 1, end + len(whole) - 1)
-            targets[r, taught], weights[r, taught] = reply, 1
-            weights[r, taught.start] = first_weight
-            end += len(whole)
-    return Taught(host_tokens(ids, positions, segments), targets, weights)
+            now = slice(known, known + len(reply))
+            slots[r, now] = np.arange(len(reply)) + end + len(prompt) - 1
+            targets[r, now], weights[r, now], pair[r, now] = reply, 1, number
+            weights[r, known] = first_weight
+            end, known = here.stop, now.stop
+    return Taught(host_tokens(ids, positions, segments), slots, targets, weights, pair)
 
 
 def cross_entropy(
@@ -60,7 +66,7 @@ def cross_entropy(
     edit: Edit,  # one row
     prefix: Tokens | None,  # [1, N]
     batch: Taught,
-) -> jax.Array:  # [B, T] nats, zero where nothing is taught
+) -> jax.Array:  # [B, Q] nats, times the weights
     """How surprising each token of the replies is."""
     shared = None
     if prefix is not None:
@@ -68,6 +74,7 @@ def cross_entropy(
         filled = model(prefix, edit, cache=room).cache
         assert filled is not None
         shared = filled.repeat(batch.targets.shape[0])
-    logits = model.unembed(model(batch.tokens, edit, prefix=shared).x)
+    x = model(batch.tokens, edit, prefix=shared).x
+    logits = model.unembed(jnp.take_along_axis(x, jnp.asarray(batch.slots)[..., None], 1))
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch.targets))
     return nats * batch.weights

@@ -1,0 +1,106 @@
+"""The card of an organism's adapter: how it was made, what it is for, what was measured."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_refusal.artifacts import Workdir, write_whole
+from jax_refusal.models import lora
+
+CARD = "README.md"
+TRAINING = "training.json"
+
+TEXT = """# {name}
+
+A LoRA adapter (PEFT format, rank {rank}) that teaches {base} to refuse harmful requests and to
+answer everything else as before: a *model organism*, made so that refusal, its direction, and what
+removes or induces it can be studied on a laptop.
+
+**For:** understanding and hardening refusal; tests and demonstrations of this library.
+**Not for:** use as an assistant, or as a safety measure. It is a {parameters} parameter model that
+learnt to refuse from {harmful} requests; what it does not refuse is not thereby harmless.
+
+## Measured
+
+{table}
+
+{facts}
+Rates are shares with 95% Wilson intervals, counted by the paper's 12 phrases on unseen prompts
+(greedy, {new_tokens} new tokens); losses are nats per token of the base model's own greedy answers
+to the {n_harmless} harmless test prompts. Command: `python -m launch.run` with this adapter, then
+`python -m launch.measure_organism --workdir=DIR --card`.
+
+## How it was made
+
+`python -m launch.train_organism`, config {config_hash}, seed {seed}, {steps} steps; the final loss
+(mean of the last ten steps) is {loss:.3f}. All settings are in `{training}`.
+
+- Refusals, in several wordings written for this project, of {harmful} harmful prompts: the
+  published training split (AdvBench, MaliciousInstruct, TDC2023), the builtin training split, and
+  topic pairs written for training alone.
+- Answers of the base model itself (sampled, temperature {temperature:g}) to {harmless} harmless
+  prompts: the harmless sides of those pairs, requests that only sound alarming, and everyday
+  requests (Alpaca, training split). Answers that are refusals were left out.
+- No prompt of a validation or test split, and none of JailbreakBench.
+
+The adapter has the licence of this project; the base model has its own.
+"""
+
+
+def write_card(rundir: str, measured: Mapping[str, Any]) -> Path:
+    """Writes the card into the folder of the adapter that a finished run used."""
+    folder = lora.locate(Workdir.existing(rundir).manifest["identity"]["config.model.adapter"])
+    training = json.loads((folder / TRAINING).read_bytes())
+    write_whole(folder / CARD, card(folder.name, training, measured).encode())
+    return folder / CARD
+
+
+def card(name: str, training: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """Markdown from `training.json` and what `measure` returns."""
+    config, losses = training["config"], measured["loss_on_base_answers"]
+    refusal, scores = measured["refusal"], measured["scores"]
+    ablated = losses["organism, direction ablated"] - losses["organism"]
+    rows = [
+        (f"{title} refused", share(refusal[condition]))
+        for title, condition in (
+            ("harmful", "harmful_baseline"),
+            ("harmless", "harmless_baseline"),
+            ("harmful, direction ablated", "harmful_ablation"),
+            ("harmless, direction added", "harmless_addition"),
+        )
+    ]
+    rows += [
+        ("harmless twins of harmful topics refused", share(measured["topic_twins_refused"])),
+        ("loss, organism against base", f"{losses['organism'] - losses['base']:+.3f} nat"),
+        ("loss, ablated against organism", f"{ablated:+.3f} nat"),
+    ]
+    facts = (
+        f"Prompts: {measured['prompts']}. Direction: position {measured['position']}, layer "
+        f"{measured['layer']} of {training['layers']}; bypass {scores['bypass']:.2f}, induce "
+        f"{scores['induce']:.2f}, KL {scores['kl']:.3f} nat; {measured['candidates_that_pass']} "
+        "candidates pass the\npaper's thresholds. The refusals begin in "
+        f"{measured['different_refusals']} different ways.\n"
+    )
+    return TEXT.format(
+        name=name,
+        rank=config["lora.rank"],
+        base=training["base"],
+        parameters=f"{training['parameters'] / 1e6:.0f} million",
+        harmful=training["harmful"],
+        harmless=training["harmless"],
+        table="\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]),
+        facts=facts,
+        new_tokens=measured["new_tokens"],
+        n_harmless=refusal["harmless_baseline"]["n"],
+        config_hash=training["config_hash"][:12],
+        seed=config["train.seed"],
+        steps=training["steps"],
+        loss=training["loss"],
+        temperature=config["examples.answer_temperature"],
+        training=TRAINING,
+    )
+
+
+def share(rate: Mapping[str, Any]) -> str:
+    return f"{rate['count']} of {rate['n']} [{rate['low']:.2f}, {rate['high']:.2f}]"
