@@ -38,10 +38,13 @@ class Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Keys and values of the tokens seen so far, with room for more."""
+    """Keys and values of the tokens seen so far, with room for more.
 
-    k: jax.Array | tuple[jax.Array, ...]  # [L, B, G, C, K], or L times [B, G, C, K]
-    v: jax.Array | tuple[jax.Array, ...]
+    Keys lie with their slots last: so a product with queries needs no transposed copy of them.
+    """
+
+    k: jax.Array | tuple[jax.Array, ...]  # [L, B, G, K, C], or L times [B, G, K, C]
+    v: jax.Array | tuple[jax.Array, ...]  # [L, B, G, C, K], or L times [B, G, C, K]
     positions: jax.Array  # [B, C]
     segments: jax.Array  # [B, C], PADDING where nothing is stored
     length: jax.Array  # int32 scalar: the slot that the next token goes to
@@ -58,11 +61,11 @@ class Cache:
 
     def grow(self, slots: int) -> "Cache":
         """Room for `slots` more tokens."""
-        room = [(0, 0), (0, 0), (0, 0), (0, slots), (0, 0)]
+        old, none, more = [(0, 0)] * 3, (0, 0), (0, slots)
         return dataclasses.replace(
             self,
-            k=jnp.pad(jnp.asarray(self.k), room),
-            v=jnp.pad(jnp.asarray(self.v), room),
+            k=jnp.pad(jnp.asarray(self.k), [*old, none, more]),
+            v=jnp.pad(jnp.asarray(self.v), [*old, more, none]),
             positions=jnp.pad(self.positions, [(0, 0), (0, slots)]),
             segments=jnp.pad(self.segments, [(0, 0), (0, slots)]),
         )
@@ -84,11 +87,11 @@ class Cache:
 
 
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape = (arch.layers, rows, arch.kv_heads, slots, arch.head_width)
-    axes = ("layers", "batch", "kv_heads", None, "head_width")
+    shape, axes = (arch.layers, rows, arch.kv_heads), ("layers", "batch", "kv_heads")
+    k, v = (*shape, arch.head_width, slots), (*shape, slots, arch.head_width)
     return Cache(
-        k=constrain(jnp.zeros(shape, dtype), *axes),
-        v=constrain(jnp.zeros(shape, dtype), *axes),
+        k=constrain(jnp.zeros(k, dtype), *axes, "head_width", None),
+        v=constrain(jnp.zeros(v, dtype), *axes, None, "head_width"),
         positions=jnp.zeros((rows, slots), jnp.int32),
         segments=jnp.full((rows, slots), PADDING, jnp.int32),
         length=jnp.int32(0),
@@ -98,15 +101,17 @@ def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
 def write(
     store: jax.Array | tuple[jax.Array, ...],  # Cache.k or Cache.v
     layer: jax.Array | int,
-    new: jax.Array,  # [B, G, T, K]
+    new: jax.Array,  # [B, G, K, T] or [B, G, T, K]
     slot: jax.Array,
+    axis: int,  # of a layer's slots: 3 of keys, 2 of values
 ) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
     """Puts tokens into one layer's slots, in place where jit can; also returns that layer."""
+    start = [slot if i == axis else 0 for i in range(4)]
     if isinstance(store, tuple):
         assert isinstance(layer, int)
-        own = jax.lax.dynamic_update_slice(store[layer], new, (0, 0, slot, 0))
+        own = jax.lax.dynamic_update_slice(store[layer], new, start)
         return (*store[:layer], own, *store[layer + 1 :]), own
-    store = jax.lax.dynamic_update_slice(store, new[None], (layer, 0, 0, slot, 0))
+    store = jax.lax.dynamic_update_slice(store, new[None], (layer, *start))
     return store, store[layer]
 
 

@@ -70,7 +70,7 @@ def rotate(
 
 def dot_product_attention(
     q: jax.Array,  # [B, T, H, K]
-    k: jax.Array,  # [B, G, C, K]
+    k: jax.Array,  # [B, G, K, C]
     v: jax.Array,  # [B, G, C, K]
     allowed: jax.Array,  # [B, T, C] bool
 ) -> jax.Array:  # [B, T, H, K]
@@ -80,9 +80,9 @@ def dot_product_attention(
     as a batch of plain matrices: other orders of the axes cost a CPU half as much again.
     """
     B, T, H, K = q.shape
-    G, C = k.shape[1:3]
+    G, C = k.shape[1], k.shape[3]
     q = q.swapaxes(1, 2).reshape(B, G, H // G * T, K)
-    scores = einsum("bgtk,bgck->bgtc", q, k) * K**-0.5
+    scores = einsum("bgtk,bgkc->bgtc", q, k) * K**-0.5
     scores = scores.astype(jnp.float32).reshape(B, H, T, C)
     scores = jnp.where(allowed[:, None], scores, -1e30)
     weights = jax.nn.softmax(scores, -1).astype(q.dtype).reshape(B, G, H // G * T, C)

@@ -126,7 +126,7 @@ class Block(nnx.Module):
                 q, k = q + self.q_bias[None, None], k + self.k_bias[None, None]
                 v = v + self.v_bias[None, None]
             q = constrain(q, "batch", None, "heads", "head_width")
-            k, v = layers.rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, T, K]
+            k, v = layers.rotate(k, angles).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             mixed = attend(layers.rotate(q, angles), k, v)
             out = layers.einsum("bthk,hkd->btd", mixed, self.o[...])
             return out + self.o_bias[None, None] if self.arch.out_bias else out
@@ -229,10 +229,10 @@ class Transformer(nnx.Module):
             def attend(q, k, v):
                 nonlocal k_cache, v_cache
                 if cache is not None:
-                    k_cache, k = write(k_cache, index, k, start)
-                    v_cache, v = write(v_cache, index, v, start)
+                    k_cache, k = write(k_cache, index, k, start, 3)
+                    v_cache, v = write(v_cache, index, v, start, 2)
                 if prefix_kv is not None:
-                    k = jnp.concatenate([prefix_kv[0], k], 2)
+                    k = jnp.concatenate([prefix_kv[0], k], 3)
                     v = jnp.concatenate([prefix_kv[1], v], 2)
                 near = allowed if window is None else allowed & (distance < window)
                 return layers.dot_product_attention(q, k, v, near)
