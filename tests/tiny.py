@@ -55,6 +55,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", PAD),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "smollm3": ("SmolLM3ForCausalLM", PAD),
+    "olmo3": ("Olmo3ForCausalLM", {"rope_theta": 500000.0}),
+    "ministral3": ("Ministral3ForCausalLM", {"head_dim": 24, **PAD}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+    ),
 }
 # Multimodal: the fields that are not the text model's.
 INSIDE = {"gemma3": ("vision_config", "mm_tokens_per_image", "tie_word_embeddings")}

@@ -61,4 +61,9 @@ class Architecture:
     embed_scale: float = 1.0
     score_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 is none
     logit_cap: float = 0.0
+    experts: int = 0  # E; 0 is one MLP for all tokens
+    experts_per_token: int = 0
+    shares_add_up: bool = True  # the shares of a token's experts are made to add up to 1
+    query_growth: float = 0.0  # queries are 1 + growth * log(1 + position // period) longer
+    query_period: int = 0  # tokens
     wrapped: bool = False  # the checkpoint holds more than this text model

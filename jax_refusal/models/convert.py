@@ -68,6 +68,7 @@ def load(
     Raises ConversionError naming every missing, unused, misshapen or non-finite tensor.
     """
     tensors = names.unwrapped(arch, tensors)
+    arch = names.as_stored(arch, tensors) if arch.experts else arch
     check(arch, tensors)
     broken: list[str] = []
     leaves = {}
@@ -135,7 +136,8 @@ def to_hugging_face(model: transformer.Transformer) -> Iterator[tuple[str, np.nd
         fused = names.parts(arch, row.name)
         count = transformer.shape(arch, names.numbered(arch, row))
         for index, name in _each(arch, row, count):
-            yield name, np.concatenate([_stored(arch, leaves, part, index) for part in fused])
+            pieces = [_stored(arch, leaves, part, index) for part in fused]
+            yield name, np.concatenate(pieces, names.along(row))
 
 
 def _stored(
@@ -177,7 +179,7 @@ def _read(
         slices = []
         for dimension, (first, *rest) in enumerate(row.layout):
             inner = math.prod(transformer.shape(arch, rest))
-            shift = begin if dimension == 0 else 0
+            shift = begin if dimension == names.along(row) else 0
             start, stop = wanted[first].start * inner, wanted[first].stop * inner
             slices.append(slice(shift + start, shift + stop))
         block = tensors[name][tuple(slices)].astype(dtype)

@@ -92,6 +92,12 @@ GEMMA2 = Family(
     read=switches.gemma2,
     naming="gemma2",
 )
+OLMO_STATIC = {
+    "norm": "scale_in_float32",
+    "pre_norm": False,
+    "post_norm": True,
+    "qk_norm": "projection",
+}
 
 # The table, by `model_type`.
 FAMILIES: dict[str, Family] = {
@@ -171,12 +177,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family(
         fields="attention_bias",
-        static={
-            "norm": "scale_in_float32",
-            "pre_norm": False,
-            "post_norm": True,
-            "qk_norm": "projection",
-        },
+        static=OLMO_STATIC,
         naming="olmo2",
     ),
     "smollm3": Family(
@@ -188,6 +189,45 @@ FAMILIES: dict[str, Family] = {
         read=switches.smollm3,
         rope_base=2e6,
     ),
+    "olmo3": Family(
+        fields="attention_bias sliding_window layer_types",
+        required="num_key_value_heads",
+        defaults={"sliding_window": 4096},
+        # Of another base the library keeps only one half; files of today have this one.
+        fixed={"rope_theta": (500000,)},
+        static=OLMO_STATIC,
+        read=switches.olmo3,
+        naming="olmo2",
+    ),
+    "ministral3": Family(
+        fields="sliding_window", required="num_key_value_heads head_dim", read=switches.ministral3
+    ),
+    "mixtral": Family(
+        fields="""sliding_window num_local_experts num_experts_per_tok output_router_logits
+            router_aux_loss_coef router_jitter_noise""",
+        required="num_key_value_heads num_local_experts num_experts_per_tok",
+        read=switches.mixtral,
+        naming="mixtral",
+        rope_base=1e6,
+    ),
+    "qwen3_moe": Family(
+        fields="""attention_bias use_sliding_window sliding_window max_window_layers num_experts
+            num_experts_per_tok moe_intermediate_size norm_topk_prob
+            decoder_sparse_step mlp_only_layers output_router_logits router_aux_loss_coef""",
+        required="num_key_value_heads head_dim num_experts num_experts_per_tok norm_topk_prob "
+        "moe_intermediate_size",
+        renamed={"num_local_experts": "num_experts"},  # as transformers 5 has it
+        # Layers with one MLP among layers with experts are of two shapes. The library gives the
+        # window to every layer whatever max_window_layers says: no file has it on.
+        fixed={
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([], None),
+            "use_sliding_window": (False,),
+        },
+        static={"qk_norm": "head"},
+        read=switches.qwen3_moe,
+        naming="qwen3_moe",
+    ),
 }
 
 # Multimodal `model_type` -> its own fields, of which none acts on text, and what may lie inside.
@@ -195,6 +235,11 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemma3": (
         "mm_tokens_per_image boi_token_index eoi_token_index image_token_index",
         ("gemma3_text",),
+    ),
+    "mistral3": (
+        "image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size "
+        "vision_feature_layer",
+        ("mistral", "ministral3"),
     ),
 }
 

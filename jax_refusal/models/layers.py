@@ -112,3 +112,12 @@ def gated_mlp(
         return y if biases is None else y + biases[i][None, None]
 
     return affine(activation(affine(x, gate, 0)) * affine(x, up, 1), down, 2)
+
+
+def query_growth(
+    positions: jax.Array,  # [B, T]
+    growth: float,
+    period: int,  # tokens
+) -> jax.Array:  # [B, T, 1, 1]
+    """How much longer queries are far from the start, so that attention stays as sharp there."""
+    return 1 + growth * jnp.log1p(positions // period)[..., None, None].astype(jnp.float32)

@@ -206,7 +206,7 @@ def files(
 def _row(arch: Architecture, target: str) -> tuple[str, list[list[str]]]:
     """Leaf path and Hugging Face layout of a projection named as PEFT names it."""
     every = [row for row in rows(arch) if row.name.endswith(".weight") and len(row.layout) == 2]
-    every = [row for row in every if row.path.startswith("blocks.")]
+    every = [row for row in every if "{layer}" in row.name and "{expert}" not in row.name]
     found = [row for row in every if row.name.endswith(f".{target}.weight")]
     if len(found) > 1:
         raise AdapterError(

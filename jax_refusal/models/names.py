@@ -2,11 +2,12 @@
 
 A row is: Hugging Face name, leaf path, layout of the Hugging Face tensor in the leaf's axis names,
 where `(heads head_width)` is one dimension holding both. Rows that share a name are the parts of
-one fused tensor, in this order along its first dimension. The leaf's own order of axes is in
-`transformer.axes`. Which slice of which tensor a device needs, transposes, shape checks, missing
-and unused tensors, and the way back to Hugging Face follow from the table.
+one fused tensor, in this order along its first dimension (after that of experts). The leaf's own
+order of axes is in `transformer.axes`. Which slice of which tensor a device needs, transposes,
+shape checks, missing and unused tensors, and the way back to Hugging Face follow from the table.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from jax_refusal.models import transformer
 from jax_refusal.models.architecture import Architecture
 
 # What stands for a number in a name, and the axis of the leaf that it counts along.
-NUMBERS = {"layers": "layer"}
+NUMBERS = {"layers": "layer", "experts": "expert"}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = (
@@ -65,6 +66,27 @@ FOUR_NORMS = (
     (BLOCK + "pre_feedforward_layernorm.weight", "blocks.mlp_norm", "embed"),
     *POST_NORMS,
 )
+MIXTRAL_EXPERT = BLOCK + "block_sparse_moe.experts.{expert}."
+MIXTRAL = (
+    (BLOCK + "block_sparse_moe.gate.weight", "blocks.router", "experts embed"),
+    (MIXTRAL_EXPERT + "w1.weight", "blocks.expert_gate", "mlp embed"),
+    (MIXTRAL_EXPERT + "w3.weight", "blocks.expert_up", "mlp embed"),
+    (MIXTRAL_EXPERT + "w2.weight", "blocks.expert_down", "embed mlp"),
+)
+EXPERT = BLOCK + "mlp.experts.{expert}."
+EXPERTS = (
+    (BLOCK + "mlp.gate.weight", "blocks.router", "experts embed"),
+    (EXPERT + "gate_proj.weight", "blocks.expert_gate", "mlp embed"),
+    (EXPERT + "up_proj.weight", "blocks.expert_up", "mlp embed"),
+    (EXPERT + "down_proj.weight", "blocks.expert_down", "embed mlp"),
+)
+# As transformers 5 holds experts in memory, and stores them if told to.
+FUSED_EXPERTS = (
+    (BLOCK + "mlp.gate.weight", "blocks.router", "experts embed"),
+    (BLOCK + "mlp.experts.gate_up_proj", "blocks.expert_gate", "experts mlp embed"),
+    (BLOCK + "mlp.experts.gate_up_proj", "blocks.expert_up", "experts mlp embed"),
+    (BLOCK + "mlp.experts.down_proj", "blocks.expert_down", "experts embed mlp"),
+)
 QWEN1_BLOCK = "transformer.h.{layer}."
 QWEN1 = (
     ("transformer.wte.weight", "embed", "vocab embed"),
@@ -100,6 +122,9 @@ NAMING = {
     "olmo2": (*TOP, *POST_NORMS, *ATTENTION, *PROJECTION_NORMS, *MLP),
     "phi3": (*TOP, *PRE_NORMS, *FUSED),
     "qwen": QWEN1,
+    "mixtral": (*TOP, *PRE_NORMS, *ATTENTION, *MIXTRAL),
+    "qwen3_moe": (*TOP, *PRE_NORMS, *ATTENTION, *HEAD_NORMS, *EXPERTS),
+    "fused_experts": (*TOP, *PRE_NORMS, *ATTENTION, *HEAD_NORMS, *FUSED_EXPERTS),
 }
 
 # Buffers of old checkpoints that the config already states.
@@ -118,7 +143,7 @@ OTHER_MODALITIES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.
 
 
 class Row(NamedTuple):
-    name: str  # Hugging Face's, with {layer} for a number
+    name: str  # Hugging Face's, with {layer} and {expert} for numbers
     path: str  # of the leaf
     layout: list[list[str]]  # for each dimension of this part, the leaf's axes that it holds
 
@@ -143,17 +168,24 @@ def parts(arch: Architecture, name: str) -> list[Row]:
     return [row for row in rows(arch) if row.name == name]
 
 
+def along(row: Row) -> int:
+    """The dimension along which the parts of a fused tensor follow each other."""
+    return int(row.layout[0] == ["experts"])
+
+
 def offset(arch: Architecture, row: Row) -> int:
-    """Where a row's part begins along the first dimension of its tensor."""
+    """Where a row's part begins along that dimension."""
     fused = parts(arch, row.name)
     before = fused[: [part.path for part in fused].index(row.path)]
-    return sum(sizes(arch, part)[0] for part in before)
+    return sum(sizes(arch, part)[along(part)] for part in before)
 
 
 def full_sizes(arch: Architecture, name: str) -> tuple[int, ...]:
     """The dimensions of a whole tensor."""
-    fused = [sizes(arch, row) for row in parts(arch, name)]
-    return (sum(size[0] for size in fused), *fused[0][1:])
+    fused = parts(arch, name)
+    whole = list(sizes(arch, fused[0]))
+    whole[along(fused[0])] = sum(sizes(arch, row)[along(row)] for row in fused)
+    return tuple(whole)
 
 
 def numbered(arch: Architecture, row: Row) -> list[str]:
@@ -163,6 +195,14 @@ def numbered(arch: Architecture, row: Row) -> list[str]:
 
 
 Stored = TypeVar("Stored")
+
+
+def as_stored(arch: Architecture, tensors: Mapping[str, Stored]) -> Architecture:
+    """The architecture, named as this checkpoint names it: experts may lie fused."""
+    fused = {name for name, path, _ in FUSED_EXPERTS if path == "blocks.expert_down"}
+    if any(name.format(layer=0) in tensors for name in fused):
+        return dataclasses.replace(arch, naming="fused_experts")
+    return arch
 
 
 def unwrapped(arch: Architecture, tensors: Mapping[str, Stored]) -> dict[str, Stored]:

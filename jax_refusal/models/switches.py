@@ -164,3 +164,50 @@ def qwen(config: Config) -> Switches:
         "mlp_width": config["intermediate_size"] // 2,
         "context": context,
     }
+
+
+def olmo3(config: Config) -> Switches:
+    """Three layers of four have a window; the scaling of rotary embeddings is for the others."""
+    windows = some_layers(config, lambda i: (i + 1) % 4 != 0)
+    return {**windows, **two_ropes(config, windows, 5e5, 5e5)}
+
+
+def ministral3(config: Config) -> Switches:
+    """Queries grow with the logarithm of how often the original context has passed."""
+    settings = rope_settings(config)
+    growth = settings.pop("llama_4_scaling_beta", None)
+    settings.pop("max_position_embeddings", None)
+    period = settings.get("original_max_position_embeddings")
+    if growth is None or period is None:
+        raise UnsupportedModel(
+            f"rope_parameters={settings!r} lacks llama_4_scaling_beta or "
+            "original_max_position_embeddings."
+        )
+    base, context = config.get("rope_theta") or 1e6, config["max_position_embeddings"]
+    return {
+        **every_layer(config),
+        "ropes": (read_rope(settings, base, context),),
+        "query_growth": growth,
+        "query_period": period,
+    }
+
+
+def mixtral(config: Config) -> Switches:
+    return {
+        **every_layer(config),
+        "experts": config["num_local_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+    }
+
+
+def qwen3_moe(config: Config) -> Switches:
+    """Every layer routed, with a width of its own for experts."""
+    if not config.get("use_sliding_window"):
+        config = {**config, "sliding_window": None}
+    return {
+        **every_layer(config),
+        "experts": config["num_experts"],
+        "experts_per_token": config["num_experts_per_tok"],
+        "shares_add_up": bool(config["norm_topk_prob"]),
+        "mlp_width": config["moe_intermediate_size"],
+    }

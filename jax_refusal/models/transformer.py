@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_refusal.interventions import Edit
-from jax_refusal.models import layers
+from jax_refusal.models import experts, layers
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.cache import Cache, Tokens, visible, write
 from jax_refusal.sharding import constrain
@@ -27,10 +27,16 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
         "k": ("embed", "kv_heads", "head_width"),
         "v": ("embed", "kv_heads", "head_width"),
         "o": ("heads", "head_width", "embed"),
-        "gate": ("embed", "mlp"),
-        "up": ("embed", "mlp"),
-        "down": ("mlp", "embed"),
     }
+    if arch.experts:
+        block |= {
+            "router": ("embed", "experts"),
+            "expert_gate": ("experts", "embed", "mlp"),
+            "expert_up": ("experts", "embed", "mlp"),
+            "expert_down": ("experts", "mlp", "embed"),
+        }
+    else:
+        block |= {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
     if arch.pre_norm:
         block |= {"attn_norm": ("embed",), "mlp_norm": ("embed",)}
     if arch.post_norm:
@@ -65,6 +71,7 @@ def shape(arch: Architecture, logical: Sequence[str]) -> tuple[int, ...]:
         "kv_heads": arch.kv_heads,
         "head_width": arch.head_width,
         "mlp": arch.mlp_width,
+        "experts": arch.experts,
         "vocab": arch.vocab,
     }
     return tuple(sizes[name] for name in logical)
@@ -87,9 +94,13 @@ class Block(nnx.Module):
     k: nnx.Param
     v: nnx.Param
     o: nnx.Param
-    gate: nnx.Param
+    gate: nnx.Param  # one MLP, or experts behind a router
     up: nnx.Param
     down: nnx.Param
+    router: nnx.Param
+    expert_gate: nnx.Param
+    expert_up: nnx.Param
+    expert_down: nnx.Param
     attn_norm: nnx.Param  # norms and biases where the family has them
     mlp_norm: nnx.Param
     attn_post_norm: nnx.Param
@@ -154,6 +165,11 @@ class Block(nnx.Module):
             if self.arch.mlp_bias:
                 biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...])
             activation = layers.ACTIVATIONS[self.arch.activation]
+            if self.arch.experts:
+                count, add_up = self.arch.experts_per_token, self.arch.shares_add_up
+                chosen = experts.route(x, self.router[...], count, add_up)
+                kernels = (self.expert_gate[...], self.expert_up[...], self.expert_down[...])
+                return experts.routed_mlp(x, *chosen, *kernels, activation)
             kernels = (self.gate[...], self.up[...], self.down[...])
             return layers.gated_mlp(x, *kernels, activation, biases)
 
@@ -262,6 +278,8 @@ class Transformer(nnx.Module):
                 if prefix_kv is not None:
                     k = jnp.concatenate([prefix_kv[0], k], 2)
                     v = jnp.concatenate([prefix_kv[1], v], 2)
+                if growth is not None:
+                    q = q * growth.astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
                 return layers.dot_product_attention(q, k, v, near, arch.score_scale, arch.score_cap)
 
@@ -274,6 +292,9 @@ class Transformer(nnx.Module):
             inside = (span[0] <= scanned[0]) & (scanned[0] < span[1])
             return jax.lax.cond(inside, layer, lambda carry, _: (carry, {}), carry, scanned)
 
+        growth = None
+        if arch.query_growth:
+            growth = layers.query_growth(tokens.positions, arch.query_growth, arch.query_period)
         windows = ropes = None
         if arch.windows:
             longest = jnp.iinfo(jnp.int32).max

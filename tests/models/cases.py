@@ -16,6 +16,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 SHORT = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [9.0] * 4}
 TYPES = ["full_attention", "sliding_attention"] * 2
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
+GROWTH = {
+    **YARN,
+    "rope_theta": 1e4,
+    "llama_4_scaling_beta": 0.5,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
 GEMMA3 = {
     "sliding_window": WINDOW,
     "sliding_window_pattern": 3,
@@ -82,6 +89,30 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "olmo3": {"architecture": "olmo3", "sliding_window": WINDOW},
+    "olmo3_yarn_bias": {
+        "architecture": "olmo3",
+        "num_hidden_layers": 5,
+        "sliding_window": WINDOW,
+        "attention_bias": True,
+        "rope_scaling": YARN,
+    },
+    "ministral3": {"architecture": "ministral3", "rope_parameters": GROWTH},
+    "ministral3_window_tied": {
+        "architecture": "ministral3",
+        "rope_parameters": GROWTH,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"architecture": "mixtral"},
+    "mixtral_window": {"architecture": "mixtral", "sliding_window": WINDOW},
+    "qwen3_moe": {"architecture": "qwen3_moe", "norm_topk_prob": True},
+    "qwen3_moe_shares_bias": {
+        "architecture": "qwen3_moe",
+        "norm_topk_prob": False,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
 }
 
 # Case -> fields that turn its switches off, each by itself; the weights stay the same.
@@ -108,8 +139,26 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
     "phi3_longrope": [{"rope_scaling": None}, {"max_position_embeddings": T}],
     "smollm3": [{"no_rope_layer_interval": 3}, {"no_rope_layers": [1] * 4}],
     "smollm3_window_bias": [{"use_sliding_window": False}],
+    "olmo3": [{"sliding_window": T}, {"layer_types": TYPES}],
+    "olmo3_yarn_bias": [{"rope_scaling": None}],
+    "ministral3": [
+        {"rope_parameters": {**GROWTH, "llama_4_scaling_beta": 0.0}},
+        {"rope_parameters": {**GROWTH, "mscale": 0.5}},
+        {"rope_parameters": {**GROWTH, "factor": 1.0}},
+    ],
+    "mixtral": [{"num_experts_per_tok": 1}],
+    "mixtral_window": [{"sliding_window": None}],
+    "qwen3_moe": [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
 }
-WINDOWS = ["qwen2_window", "gemma2", "gemma3_text", "phi3_partial_window", "smollm3_window_bias"]
+WINDOWS = [
+    "qwen2_window",
+    "gemma2",
+    "gemma3_text",
+    "phi3_partial_window",
+    "smollm3_window_bias",
+    "olmo3_yarn_bias",
+    "ministral3_window_tied",
+]
 
 
 def fields(name: str, **changed: Any) -> dict[str, Any]:

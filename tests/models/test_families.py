@@ -3,6 +3,7 @@
 Letters: B batch row, T token, D residual width, L layers, V vocabulary.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests.tolerances import (
 
 Checkpoint = Callable[..., Path]
 B = 2
+ONE = np.ones(1, np.float32)
 
 
 def random_ids(vocab: int) -> np.ndarray:  # [B, T]
@@ -224,3 +226,27 @@ def test_the_text_model_of_a_multimodal_checkpoint(
     again = jr.load_model(str(renamed("gemma3", rename)))
     for leaf, values in jr.load_model(str(checkpoint(**fields("gemma3")))).leaves().items():
         np.testing.assert_array_equal(values, again.leaves()[leaf], err_msg=leaf)
+
+
+def test_the_text_model_of_mistral3(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A wrapper around either of two families, whose files name no text model in their tensors."""
+    source = checkpoint(**fields("ministral3"))
+    text = json.loads((source / "config.json").read_text())
+    outer = {"model_type": "mistral3", "text_config": text, "vision_config": {"model_type": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps({**outer, "spatial_merge_size": 2}))
+    tensors = {f"language_model.{name}": values for name, values in stored(source).items()}
+    tensors["vision_tower.ln_pre.weight"] = tensors["multi_modal_projector.norm.weight"] = ONE
+    save_file(tensors, tmp_path / "model.safetensors")
+    again = jr.load_model(str(tmp_path))
+    for leaf, values in jr.load_model(str(source)).leaves().items():
+        np.testing.assert_array_equal(values, again.leaves()[leaf], err_msg=leaf)
+
+
+def test_other_modalities_are_unused_where_no_config_names_them(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint(**fields("qwen3"))
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(stored(source) | {"vision_tower.w": ONE}, tmp_path / "model.safetensors")
+    with pytest.raises(convert.ConversionError, match=r"unused vision_tower\.w"):
+        jr.load_model(str(tmp_path))

@@ -160,6 +160,100 @@ OLMO2_7B = {
 }
 
 
+OLMO3_7B = {
+    **OLMO2_7B,
+    "model_type": "olmo3",
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "sliding_window": 4096,
+}
+MINISTRAL3_3B = {
+    "model_type": "mistral3",
+    "image_token_index": 10,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "model_type": "ministral3",
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 262144,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 131072,
+    },
+    "vision_config": {"model_type": "pixtral"},
+    "vision_feature_layer": -1,
+}
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+def test_olmo3() -> None:
+    arch = architecture(OLMO3_7B)
+    assert arch.windows == (4096, 4096, 4096, 0) * 8 and arch.rope_of_layer == (1, 1, 1, 0) * 8
+    full, local = arch.ropes
+    assert (full.kind, full.base, local.kind, local.base) == ("yarn", 5e5, "default", 5e5)
+    assert full.attention_factor == 1.2079441541679836
+
+
+def test_ministral3() -> None:
+    arch = architecture(MINISTRAL3_3B)
+    assert arch.wrapped and arch.tied_head and arch.windows == ()
+    assert (arch.query_growth, arch.query_period) == (0.1, 16384)
+    assert arch.ropes[0].attention_factor == 1.0  # mscale over mscale_all_dim
+
+
+def test_mixtral() -> None:
+    arch = architecture(MIXTRAL_8X7B)
+    assert (arch.experts, arch.experts_per_token, arch.shares_add_up) == (8, 2, True)
+
+
 def test_gemma() -> None:
     arch = architecture(GEMMA_2B)
     assert arch.tied_head and arch.norm == "one_plus" and arch.activation == "gelu_tanh"
@@ -267,6 +361,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {k: v for k, v in GEMMA2_9B.items() if k != "num_key_value_heads"},
         ["missing field num_key_value_heads"],
     ),
+    "growth of queries": (
+        {**MINISTRAL3_3B["text_config"], "rope_parameters": {"rope_type": "default"}},
+        ["lacks llama_4_scaling_beta"],
+    ),
+    "another base": ({**OLMO3_7B, "rope_theta": 10000}, ["rope_theta=10000 (supported: [500000])"]),
     "bias of the head": ({**PHI4_MINI, "lm_head_bias": True}, ["lm_head_bias=True"]),
 }
 
