@@ -30,9 +30,17 @@ def logits(
     mask: jax.Array | np.ndarray | None = None,  # [B, T] true at real tokens; padding on any side
     edit: Edit | None = None,
 ) -> jax.Array:  # [B, T, V] float32
-    """Next-token logits at every position; those at padding mean nothing."""
+    """Next-token logits at every position; those at padding mean nothing.
+
+    Raises ValueError for a row that is longer than the model's context.
+    """
+    ids = jax.numpy.asarray(tokens, jax.numpy.int32)
+    longest = ids.shape[1] if mask is None else int(np.asarray(mask, bool).sum(-1).max())
+    if longest > model.arch.context:
+        raise ValueError(
+            f"A row of {longest} tokens exceeds the model's context of {model.arch.context} tokens."
+        )
     with jax.set_mesh(collect.mesh_of(model)):
-        ids = jax.numpy.asarray(tokens, jax.numpy.int32)
         return _logits(model, Tokens.padded(ids, mask), _or_identity(edit, model))
 
 

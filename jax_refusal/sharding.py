@@ -22,6 +22,7 @@ RULES: dict[str | None, str | None] = {
     "kv_heads": "model",
     "mlp": "model",
     "vocab": "model",
+    "experts": None,
     "layers": None,
     "embed": None,
     "head_width": None,

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -27,6 +24,48 @@ from transformers import (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 SYSTEM = "You are a helpful assistant"
 MERGES = 150
+
+PAD = {"pad_token_id": 0}  # where the family's own is beyond the tiny vocabulary
+# Family -> its class in transformers, and fields that differ from those of `write_checkpoint`.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 24}),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma3_text": ("Gemma3ForCausalLM", {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "head_dim": 24,
+            "tie_word_embeddings": True,
+            "mm_tokens_per_image": 1,
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+    ),
+    "phi3": ("Phi3ForCausalLM", PAD),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "smollm3": ("SmolLM3ForCausalLM", PAD),
+    "olmo3": ("Olmo3ForCausalLM", {"rope_theta": 500000.0}),
+    "ministral3": ("Ministral3ForCausalLM", {"head_dim": 24, **PAD}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
+    ),
+}
+# Multimodal: the fields that are not the text model's.
+INSIDE = {"gemma3": ("vision_config", "mm_tokens_per_image", "tie_word_embeddings")}
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -112,17 +151,19 @@ def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
     A weight [out, in] is normal with std scale / sqrt(in), and so is the embedding with
     std scale / sqrt(D): the head then reads a normalised residual into logits of std `scale`,
     and each block writes more than the embedding did. Norm gains stay near 1 but differ from it,
-    biases are small but not zero, so that a lost or exchanged tensor shows.
+    biases are small but not zero, so that a lost or exchanged tensor shows. Gemma stores the gain
+    as its distance from 1. Stacked experts [E, out, in] are as weights.
     """
+    centre, spread = (0.0, 0.3) if model.config.model_type.startswith("gemma") else (1.0, 0.1)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 2:
-            value = noise * (scale / math.sqrt(weight.shape[1]))
+        if weight.ndim in (2, 3):
+            value = noise * (scale / math.sqrt(weight.shape[-1]))
         elif name.endswith("bias"):
             value = 0.2 * noise
         else:
-            value = 1.0 + 0.1 * noise
+            value = centre + spread * noise
         weight.data.copy_(value)
 
 
@@ -152,18 +193,14 @@ def write_checkpoint(
     architecture: str = "llama",
     **config_overrides: Any,
 ) -> Path:
-    """Save a tiny random Llama or Mistral, its tokenizer and generation_config; return `path`.
+    """Save a tiny random model of a family, its tokenizer and generation_config; return `path`.
 
     `config_overrides` are fields of the Hugging Face config, in its present names or the older
     `rope_theta` / `rope_scaling`. A bfloat16 or float16 checkpoint is the float32 one, rounded.
     """
-    families = {
-        "llama": (LlamaConfig, LlamaForCausalLM, {}),
-        "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    }
-    if architecture not in families:
-        raise ValueError(f"architecture={architecture!r}: expected one of {sorted(families)}")
-    config_class, model_class, family = families[architecture]
+    if architecture not in FAMILIES:
+        raise ValueError(f"architecture={architecture!r}: expected one of {sorted(FAMILIES)}")
+    class_name, family = FAMILIES[architecture]
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(path)
@@ -180,14 +217,20 @@ def write_checkpoint(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    config = config_class(**{**fields, **family, **copy.deepcopy(config_overrides)})
+    model_class = getattr(transformers, class_name)
+    fields = {**fields, **copy.deepcopy(family), **copy.deepcopy(config_overrides)}
+    if architecture in INSIDE:
+        own = {name: fields.pop(name) for name in INSIDE[architecture]}
+        fields = {"text_config": fields, **own}
+    config = model_class.config_class(**fields)
     with torch.random.fork_rng(devices=[]):
         model = model_class(config)
     _randomise(model, seed, init_scale)
     model = model.to(getattr(torch, dtype)).eval()
+    text = config.get_text_config()
     model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )

@@ -47,6 +47,12 @@ def reply_loss(
         (ids[prompts.prefix :], reply) for ids, reply in zip(prompts.ids, replies, strict=True)
     ]
     lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
+    longest = prompts.prefix + max(lengths)
+    if longest > model.arch.context:
+        raise ValueError(
+            f"A prompt and its reply have {longest} tokens and the model's context "
+            f"{model.arch.context}. Shorten the reply."
+        )
     length = max(row_tokens, bucket(max(lengths)))
     packed, length = fit_rows(lengths, length)
     mesh = mesh_of(model)

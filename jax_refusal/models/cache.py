@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.models.families import Architecture
+from jax_refusal.models.architecture import Architecture
 from jax_refusal.sharding import constrain
 
 PADDING, SHARED = 0, -1

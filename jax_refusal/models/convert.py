@@ -1,15 +1,9 @@
-"""Hugging Face tensors to the decoder's leaves, as a table; read slice by slice.
-
-A row is: Hugging Face name, leaf path, layout of the Hugging Face tensor in the leaf's axis names,
-where `(heads head_width)` is one dimension holding both. The leaf's own order is in
-`transformer.axes`. Everything else (which slice of which tensor a device needs, transposes, shape
-checks, missing and unused tensors) follows from the table.
-"""
+"""Hugging Face tensors to the leaves of the decoder and back, slice by slice; see `names`."""
 
 import dataclasses
+import itertools
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -18,34 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.models import transformer
-from jax_refusal.models.families import Architecture
-
-BLOCK = "model.layers.{layer}."
-TABLE = (
-    ("model.embed_tokens.weight", "embed", "vocab embed"),
-    ("model.norm.weight", "final_norm", "embed"),
-    ("lm_head.weight", "head", "vocab embed"),
-    (BLOCK + "input_layernorm.weight", "blocks.attn_norm", "embed"),
-    (BLOCK + "self_attn.q_proj.weight", "blocks.q", "(heads head_width) embed"),
-    (BLOCK + "self_attn.k_proj.weight", "blocks.k", "(kv_heads head_width) embed"),
-    (BLOCK + "self_attn.v_proj.weight", "blocks.v", "(kv_heads head_width) embed"),
-    (BLOCK + "self_attn.o_proj.weight", "blocks.o", "embed (heads head_width)"),
-    (BLOCK + "self_attn.q_proj.bias", "blocks.q_bias", "(heads head_width)"),
-    (BLOCK + "self_attn.k_proj.bias", "blocks.k_bias", "(kv_heads head_width)"),
-    (BLOCK + "self_attn.v_proj.bias", "blocks.v_bias", "(kv_heads head_width)"),
-    (BLOCK + "self_attn.o_proj.bias", "blocks.o_bias", "embed"),
-    (BLOCK + "post_attention_layernorm.weight", "blocks.mlp_norm", "embed"),
-    (BLOCK + "mlp.gate_proj.weight", "blocks.gate", "mlp embed"),
-    (BLOCK + "mlp.up_proj.weight", "blocks.up", "mlp embed"),
-    (BLOCK + "mlp.down_proj.weight", "blocks.down", "embed mlp"),
-    (BLOCK + "mlp.gate_proj.bias", "blocks.gate_bias", "mlp"),
-    (BLOCK + "mlp.up_proj.bias", "blocks.up_bias", "mlp"),
-    (BLOCK + "mlp.down_proj.bias", "blocks.down_bias", "embed"),
-)
-
-# Buffers of old checkpoints that the config already states.
-IGNORED = (re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),)
+from jax_refusal.models import names, transformer
+from jax_refusal.models.architecture import Architecture
+from jax_refusal.models.names import NUMBERS, Row, rows
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -98,54 +67,51 @@ def load(
 
     Raises ConversionError naming every missing, unused, misshapen or non-finite tensor.
     """
+    tensors = names.unwrapped(arch, tensors)
+    arch = names.as_stored(arch, tensors) if arch.experts else arch
     check(arch, tensors)
     broken: list[str] = []
     leaves = {}
-    for name, path, layout in rows(arch):
-        logical = transformer.axes(arch)[path]
+    for row in rows(arch):
+        logical = transformer.axes(arch)[row.path]
         shape = transformer.shape(arch, logical)
         parts: dict[str, np.ndarray] = {}  # replicas of one slice are read once
 
-        def part(index, *, name=name, logical=logical, layout=layout, shape=shape, parts=parts):
+        def part(index, *, row=row, shape=shape, parts=parts):
             ranges = [range(*i.indices(size)) for i, size in zip(index, shape, strict=True)]
             key = str(index)
             if key not in parts:
-                parts[key] = _read(arch, tensors, name, layout, logical, ranges, dtype, broken)
+                parts[key] = _read(arch, tensors, row, ranges, dtype, broken)
             return parts[key]
 
-        leaves[path] = jax.make_array_from_callback(
+        leaves[row.path] = jax.make_array_from_callback(
             shape, sharding.named(mesh, logical, shape), part
         )
     if broken:
-        raise ConversionError(f"Weights that are not finite (NaN or infinite): {sorted(broken)}.")
+        raise ConversionError(
+            f"Weights that are not finite (NaN or infinite): {sorted(set(broken))}."
+        )
     return transformer.Transformer(arch, leaves)
-
-
-def rows(arch: Architecture) -> list[tuple[str, str, list[list[str]]]]:
-    """The rows of TABLE that this architecture has; layouts as lists of axis names."""
-    paths = transformer.axes(arch)
-    return [(name, path, _layout(layout)) for name, path, layout in TABLE if path in paths]
 
 
 def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor there, of the right shape, and none left over."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, _, layout in rows(arch):
-        sizes = tuple(math.prod(transformer.shape(arch, group)) for group in layout)
-        for layer in range(arch.layers) if "{layer}" in name else [0]:
-            expected[name.format(layer=layer)] = sizes
+    expected = {
+        name: names.full_sizes(arch, row.name)
+        for row in rows(arch)
+        for _, name in _each(arch, row, transformer.shape(arch, names.numbered(arch, row)))
+    }
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name in expected:
             if tensor.shape != expected[name]:
                 problems.append(f"{name} has shape {tensor.shape}, not {expected[name]}")
-        elif name == "lm_head.weight" and arch.tied_head:
+        elif name == names.HEAD and arch.tied_head:
             every = (slice(None), slice(None))
-            if not np.array_equal(tensor[every], tensors["model.embed_tokens.weight"][every]):
-                problems.append(
-                    "lm_head.weight differs from the embedding it is said to be tied to"
-                )
-        elif not any(pattern.fullmatch(name) for pattern in IGNORED):
+            embedding = tensors.get(names.EMBEDDING)
+            if embedding is None or not np.array_equal(tensor[every], embedding[every]):
+                problems.append(f"{name} differs from the embedding it is said to be tied to")
+        else:
             problems.append(f"unused {name} {tensor.shape}")
     if problems:
         shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
@@ -154,36 +120,76 @@ def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def to_hugging_face(model: transformer.Transformer) -> Iterator[tuple[str, np.ndarray]]:
+    """The model's tensors under Hugging Face's names, in its layout, in the model's dtype.
+
+    One at a time, so that a model larger than the host's memory can be written shard by shard. A
+    tied head has no tensor of its own. A text model out of a multimodal checkpoint is named as a
+    text model (`model_type` of its `text_config`). Loading what this yields gives the same bits.
+    """
+    arch, leaves = model.arch, model.leaves()
+    done = set()
+    for row in rows(arch):
+        if row.name in done:
+            continue
+        done.add(row.name)
+        fused = names.parts(arch, row.name)
+        count = transformer.shape(arch, names.numbered(arch, row))
+        for index, name in _each(arch, row, count):
+            pieces = [_stored(arch, leaves, part, index) for part in fused]
+            yield name, np.concatenate(pieces, names.along(row))
+
+
+def _stored(
+    arch: Architecture, leaves: Mapping[str, jax.Array], row: Row, index: tuple[int, ...]
+) -> np.ndarray:
+    """One row's part of a tensor, as Hugging Face lays it out."""
+    own = transformer.axes(arch)[row.path][len(index) :]
+    block = np.asarray(leaves[row.path][index])
+    order = [own.index(axis) for group in row.layout for axis in group]
+    return block.transpose(order).reshape(names.sizes(arch, row))
+
+
+def _each(
+    arch: Architecture, row: Row, count: tuple[int, ...] | list[range]
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The numbers that a row's name counts, and its name with them."""
+    axes = names.numbered(arch, row)
+    for index in itertools.product(*(range(n) if isinstance(n, int) else n for n in count)):
+        numbers = dict(zip((NUMBERS[axis] for axis in axes), index, strict=True))
+        yield index, row.name.format(**numbers)
+
+
 def _read(
     arch: Architecture,
     tensors: Mapping[str, Tensor],
-    name: str,
-    layout: list[list[str]],
-    logical: tuple[str, ...],
+    row: Row,
     ranges: list[range],  # of every axis of the leaf
     dtype: np.dtype,
     broken: list[str],
 ) -> np.ndarray:
     """One slice of a leaf; appends the names of tensors with NaN or infinity to `broken`."""
+    logical = transformer.axes(arch)[row.path]
     wanted = dict(zip(logical, ranges, strict=True))
-    if logical[0] == "layers":
-        pieces = [(name.format(layer=layer), logical[1:]) for layer in wanted["layers"]]
-    else:
-        pieces = [(name, logical)]
+    counted = names.numbered(arch, row)
+    own = logical[len(counted) :]
+    begin = names.offset(arch, row)
     blocks = []
-    for full_name, own in pieces:
+    for _, name in _each(arch, row, [wanted[axis] for axis in counted]):
         slices = []
-        for first, *rest in layout:
+        for dimension, (first, *rest) in enumerate(row.layout):
             inner = math.prod(transformer.shape(arch, rest))
-            slices.append(slice(wanted[first].start * inner, wanted[first].stop * inner))
-        block = tensors[full_name][tuple(slices)].astype(dtype)
+            shift = begin if dimension == names.along(row) else 0
+            start, stop = wanted[first].start * inner, wanted[first].stop * inner
+            slices.append(slice(shift + start, shift + stop))
+        block = tensors[name][tuple(slices)].astype(dtype)
         if not np.isfinite(block.astype(np.float32) if dtype != np.float32 else block).all():
-            broken.append(full_name)
-        names = [axis for group in layout for axis in group]
-        firsts = {group[0] for group in layout}
+            broken.append(name)
+        axes = [axis for group in row.layout for axis in group]
+        firsts = {group[0] for group in row.layout}
         block = block.reshape(
-            [len(wanted[a]) if a in firsts else transformer.shape(arch, [a])[0] for a in names]
-        ).transpose([names.index(axis) for axis in own])
+            [len(wanted[a]) if a in firsts else transformer.shape(arch, [a])[0] for a in axes]
+        ).transpose([axes.index(axis) for axis in own])
         blocks.append(
             block[
                 tuple(
@@ -192,12 +198,9 @@ def _read(
                 )
             ]
         )
-    return np.stack(blocks) if logical[0] == "layers" else np.ascontiguousarray(blocks[0])
-
-
-def _layout(text: str) -> list[list[str]]:
-    """'(heads head_width) embed' -> [['heads', 'head_width'], ['embed']]."""
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", text)]
+    if not counted:
+        return np.ascontiguousarray(blocks[0])
+    return np.stack(blocks).reshape([len(wanted[a]) for a in logical])
 
 
 def numpy_dtype(name: str) -> np.dtype:

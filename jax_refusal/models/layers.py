@@ -1,21 +1,35 @@
 """The pieces of a decoder block, as functions of arrays.
 
 Letters: B batch row, T token, C context token (key or value), D residual width, H query heads,
-G key/value heads, K head width, F MLP width.
+G key/value heads, K head width, W rotated channels of a head, F MLP width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_refusal.models.families import Rope
+from jax_refusal.models.architecture import Rope
+from jax_refusal.models.rope import frequencies
 
 # A float32 model is computed in float32 everywhere: TPUs would otherwise multiply in bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+# What a norm does with its weights: the normed input in float32, the weights, the input's dtype.
+NORMS: dict[str, Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array]] = {
+    "plain": lambda normed, scale, dtype: scale * normed.astype(dtype),
+    "scale_in_float32": lambda normed, scale, dtype: (scale * normed).astype(dtype),
+    # Weights are stored as their distance from 1.
+    "one_plus": lambda normed, scale, dtype: ((1.0 + scale.astype(jnp.float32)) * normed).astype(
+        dtype
+    ),
+}
 
 
 def einsum(pattern: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -23,49 +37,48 @@ def einsum(pattern: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def rms_norm(
-    x: jax.Array,  # [B, T, D]
-    scale: jax.Array,  # [D]
+    x: jax.Array,  # [B, T, ...]
+    scale: jax.Array,  # [D], [K], or [H or G, K]: the axes of x that are normed together
     epsilon: float,
-) -> jax.Array:  # [B, T, D]
-    """Root-mean-square norm, in float32, scaled after the cast as Hugging Face does."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + epsilon)
-    return scale[None, None] * normed.astype(x.dtype)
-
-
-def rope_frequencies(rope: Rope, width: int) -> np.ndarray:  # [K / 2], radians per token
-    """Rotary frequencies, with the linear and the Llama-3 scaling."""
-    frequencies = 1.0 / rope.base ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    if rope.kind == "linear":
-        frequencies = frequencies / rope.factor
-    elif rope.kind == "llama3":
-        # Wavelengths (tokens per turn) beyond the original context are stretched by `factor`,
-        # those well inside it are kept, and those between are blended.
-        turns = rope.original_context * frequencies / (2 * np.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = np.clip(blend, 0.0, 1.0)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rope.factor
-    return frequencies.astype(np.float32)
+    kind: str = "plain",
+) -> jax.Array:
+    """Root-mean-square norm, in float32; `kind` says how the weights come in."""
+    x32, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axes, keepdims=True) + epsilon)
+    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    return NORMS[kind](normed, scale, x.dtype)
 
 
 def rope_angles(
     positions: jax.Array,  # [B, T]
     rope: Rope,
-    width: int,
-) -> tuple[jax.Array, jax.Array]:  # cos, sin [B, T, 1, K / 2], float32
-    frequencies = rope_frequencies(rope, width)[None, None, None]
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    width: int,  # W
+) -> tuple[jax.Array, jax.Array]:  # cos, sin [B, T, 1, W / 2], float32
+    turns = frequencies(rope, width)[None, None, None]
+    turn = positions[..., None, None].astype(jnp.float32) * turns
+    return jnp.cos(turn) * rope.attention_factor, jnp.sin(turn) * rope.attention_factor
 
 
 def rotate(
     x: jax.Array,  # [B, T, H or G, K]
     angles: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """Rotary position embedding on the two halves of each head (the Hugging Face layout)."""
+    """Rotary position embedding on the two halves of each head (the Hugging Face layout).
+
+    Where there are angles for the first W channels of a head only, the others stay as they are.
+    """
     cos, sin = (a.astype(x.dtype) for a in angles)
-    first, second = jnp.split(x, 2, -1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    width = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :width], 2, -1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if width < x.shape[-1]:
+        parts.append(x[..., width:])
+    return jnp.concatenate(parts, -1)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap), which stays between -cap and cap; x itself for cap = 0."""
+    return jnp.tanh(x / cap) * cap if cap else x
 
 
 def dot_product_attention(
@@ -73,6 +86,8 @@ def dot_product_attention(
     k: jax.Array,  # [B, G, K, C]
     v: jax.Array,  # [B, G, C, K]
     allowed: jax.Array,  # [B, T, C] bool
+    scale: float,
+    cap: float = 0.0,
 ) -> jax.Array:  # [B, T, H, K]
     """Grouped-query attention; the softmax is in float32.
 
@@ -82,7 +97,7 @@ def dot_product_attention(
     B, T, H, K = q.shape
     G, C = k.shape[1], k.shape[3]
     q = q.swapaxes(1, 2).reshape(B, G, H // G * T, K)
-    scores = einsum("bgtk,bgkc->bgtc", q, k) * K**-0.5
+    scores = soft_cap(einsum("bgtk,bgkc->bgtc", q, k) * scale, cap)
     scores = scores.astype(jnp.float32).reshape(B, H, T, C)
     scores = jnp.where(allowed[:, None], scores, -1e30)
     weights = jax.nn.softmax(scores, -1).astype(q.dtype).reshape(B, G, H // G * T, C)
@@ -103,3 +118,12 @@ def gated_mlp(
         return y if biases is None else y + biases[i][None, None]
 
     return affine(activation(affine(x, gate, 0)) * affine(x, up, 1), down, 2)
+
+
+def query_growth(
+    positions: jax.Array,  # [B, T]
+    growth: float,
+    period: int,  # tokens
+) -> jax.Array:  # [B, T, 1, 1]
+    """How much longer queries are far from the start, so that attention stays as sharp there."""
+    return 1 + growth * jnp.log1p(positions // period)[..., None, None].astype(jnp.float32)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal.models import convert, transformer
-from jax_refusal.models.families import Architecture
+from jax_refusal.models.architecture import Architecture
+from jax_refusal.models.names import rows
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.sources import file_sha256, read_json
 
@@ -204,10 +205,17 @@ def files(
 
 def _row(arch: Architecture, target: str) -> tuple[str, list[list[str]]]:
     """Leaf path and Hugging Face layout of a projection named as PEFT names it."""
-    for name, path, layout in convert.rows(arch):
-        if name.endswith(f".{target}.weight") and path.startswith("blocks."):
-            return path, layout
-    allowed = [n.split(".")[-2] for n, p, lay in convert.rows(arch) if len(lay) == 2 and "{" in n]
+    every = [row for row in rows(arch) if row.name.endswith(".weight") and len(row.layout) == 2]
+    every = [row for row in every if "{layer}" in row.name and "{expert}" not in row.name]
+    found = [row for row in every if row.name.endswith(f".{target}.weight")]
+    if len(found) > 1:
+        raise AdapterError(
+            f"{target!r} of this model holds {[row.path for row in found]} in one tensor; an "
+            "adapter of a fused projection is not read."
+        )
+    if found:
+        return found[0].path, found[0].layout
+    allowed = [row.name.split(".")[-2] for row in every]
     raise AdapterError(f"{target!r} is no projection of this model; there are {allowed}.")
 
 
@@ -221,7 +229,7 @@ def _known(arch: Architecture, target: str) -> bool:
 def _module(arch: Architecture, target: str) -> str:
     """'model.layers.{layer}.self_attn.q_proj' of 'q_proj'."""
     path, _ = _row(arch, target)
-    name = next(n for n, p, _ in convert.rows(arch) if p == path and n.endswith(".weight"))
+    name = next(n for n, p, _ in rows(arch) if p == path and n.endswith(".weight"))
     return name.removesuffix(".weight")
 
 

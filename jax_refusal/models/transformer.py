@@ -14,25 +14,39 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_refusal.interventions import Edit
-from jax_refusal.models import layers
+from jax_refusal.models import experts, layers
+from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.cache import Cache, Tokens, visible, write
-from jax_refusal.models.families import Architecture
 from jax_refusal.sharding import constrain
 
 
 def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     """Every leaf of the model by its path, with its logical axes: shape and sharding follow."""
     block = {
-        "attn_norm": ("embed",),
         "q": ("embed", "heads", "head_width"),
         "k": ("embed", "kv_heads", "head_width"),
         "v": ("embed", "kv_heads", "head_width"),
         "o": ("heads", "head_width", "embed"),
-        "mlp_norm": ("embed",),
-        "gate": ("embed", "mlp"),
-        "up": ("embed", "mlp"),
-        "down": ("mlp", "embed"),
     }
+    if arch.experts:
+        block |= {
+            "router": ("embed", "experts"),
+            "expert_gate": ("experts", "embed", "mlp"),
+            "expert_up": ("experts", "embed", "mlp"),
+            "expert_down": ("experts", "mlp", "embed"),
+        }
+    else:
+        block |= {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
+    if arch.pre_norm:
+        block |= {"attn_norm": ("embed",), "mlp_norm": ("embed",)}
+    if arch.post_norm:
+        block |= {"attn_post_norm": ("embed",), "mlp_post_norm": ("embed",)}
+    if arch.qk_norm:
+        whole = arch.qk_norm == "projection"
+        block |= {
+            "q_norm": ("heads", "head_width") if whole else ("head_width",),
+            "k_norm": ("kv_heads", "head_width") if whole else ("head_width",),
+        }
     if arch.qkv_bias:
         block |= {
             "q_bias": ("heads", "head_width"),
@@ -57,6 +71,7 @@ def shape(arch: Architecture, logical: Sequence[str]) -> tuple[int, ...]:
         "kv_heads": arch.kv_heads,
         "head_width": arch.head_width,
         "mlp": arch.mlp_width,
+        "experts": arch.experts,
         "vocab": arch.vocab,
     }
     return tuple(sizes[name] for name in logical)
@@ -75,16 +90,24 @@ class Output:
 class Block(nnx.Module):
     """One decoder block; in a model every leaf is stacked on L."""
 
-    attn_norm: nnx.Param
     q: nnx.Param
     k: nnx.Param
     v: nnx.Param
     o: nnx.Param
-    mlp_norm: nnx.Param
-    gate: nnx.Param
+    gate: nnx.Param  # one MLP, or experts behind a router
     up: nnx.Param
     down: nnx.Param
-    q_bias: nnx.Param  # biases where the family has them
+    router: nnx.Param
+    expert_gate: nnx.Param
+    expert_up: nnx.Param
+    expert_down: nnx.Param
+    attn_norm: nnx.Param  # norms and biases where the family has them
+    mlp_norm: nnx.Param
+    attn_post_norm: nnx.Param
+    mlp_post_norm: nnx.Param
+    q_norm: nnx.Param
+    k_norm: nnx.Param
+    q_bias: nnx.Param
     k_bias: nnx.Param
     v_bias: nnx.Param
     o_bias: nnx.Param
@@ -105,12 +128,15 @@ class Block(nnx.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
         """The residual arithmetic, written once. `at(site, x)` reads and edits the stream."""
-        epsilon = self.arch.norm_epsilon
+        pre, post = self.arch.pre_norm, self.arch.post_norm
         x = at("resid_pre", x)
-        normed = layers.rms_norm(x, self.attn_norm[...], epsilon)
-        x = x + at("attn_out", self.attention(normed, angles, attend))
-        normed = layers.rms_norm(x, self.mlp_norm[...], epsilon)
-        return x + at("mlp_out", self.mlp(normed))
+        out = self.attention(self.normed(x, self.attn_norm) if pre else x, angles, attend)
+        x = x + at("attn_out", self.normed(out, self.attn_post_norm) if post else out)
+        out = self.mlp(self.normed(x, self.mlp_norm) if pre else x)
+        return x + at("mlp_out", self.normed(out, self.mlp_post_norm) if post else out)
+
+    def normed(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
+        return layers.rms_norm(x, scale[...], self.arch.norm_epsilon, self.arch.norm)
 
     def attention(
         self,
@@ -125,6 +151,8 @@ class Block(nnx.Module):
             if self.arch.qkv_bias:
                 q, k = q + self.q_bias[None, None], k + self.k_bias[None, None]
                 v = v + self.v_bias[None, None]
+            if self.arch.qk_norm:
+                q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
             q = constrain(q, "batch", None, "heads", "head_width")
             k, v = layers.rotate(k, angles).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             mixed = attend(layers.rotate(q, angles), k, v)
@@ -137,6 +165,11 @@ class Block(nnx.Module):
             if self.arch.mlp_bias:
                 biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...])
             activation = layers.ACTIVATIONS[self.arch.activation]
+            if self.arch.experts:
+                count, add_up = self.arch.experts_per_token, self.arch.shares_add_up
+                chosen = experts.route(x, self.router[...], count, add_up)
+                kernels = (self.expert_gate[...], self.expert_up[...], self.expert_down[...])
+                return experts.routed_mlp(x, *chosen, *kernels, activation)
             kernels = (self.gate[...], self.up[...], self.down[...])
             return layers.gated_mlp(x, *kernels, activation, biases)
 
@@ -182,7 +215,17 @@ class Transformer(nnx.Module):
         return self.stream(self.embedded(tokens.ids), tokens, edit, **options)
 
     def embedded(self, ids: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        return constrain(self.embed[...][ids], "batch", None, "embed")
+        x = self.embed[...][ids]
+        if self.arch.embed_scale != 1.0:
+            # Rounded to the model's dtype before it multiplies, as Hugging Face does.
+            x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
+        return constrain(x, "batch", None, "embed")
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of every rotary embedding in use, each [ropes, B, T, 1, W / 2]."""
+        width = self.arch.rotary_width or self.arch.head_width
+        each = [layers.rope_angles(positions, rope, width) for rope in self.arch.ropes]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
 
     def stream(
         self,
@@ -205,7 +248,8 @@ class Transformer(nnx.Module):
         """
         if keep is not None and (span is not None or blocks is not None):
             raise ValueError("keep cannot be combined with span or blocks.")
-        angles = layers.rope_angles(tokens.positions, self.arch.rope, self.arch.head_width)
+        arch = self.arch
+        angles = self.angles(tokens.positions)
         context_positions, context_segments = tokens.positions, tokens.segments
         if cache is not None:
             start = cache.length
@@ -218,7 +262,7 @@ class Transformer(nnx.Module):
 
         def layer(carry, scanned):
             x, k_cache, v_cache = carry
-            index, block, window, edit_layer, prefix_kv = scanned
+            index, block, window, rope, edit_layer, prefix_kv = scanned
             kept = {}
 
             def at(site, x):
@@ -234,10 +278,13 @@ class Transformer(nnx.Module):
                 if prefix_kv is not None:
                     k = jnp.concatenate([prefix_kv[0], k], 3)
                     v = jnp.concatenate([prefix_kv[1], v], 2)
+                if growth is not None:
+                    q = q * growth.astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
-                return layers.dot_product_attention(q, k, v, near)
+                return layers.dot_product_attention(q, k, v, near, arch.score_scale, arch.score_cap)
 
-            x = block(x, at, angles, attend)
+            own = jax.tree.map(lambda a: a[0 if rope is None else rope], angles)
+            x = block(x, at, own, attend)
             return (x, k_cache, v_cache), kept
 
         def layer_in_span(carry, scanned):
@@ -245,19 +292,25 @@ class Transformer(nnx.Module):
             inside = (span[0] <= scanned[0]) & (scanned[0] < span[1])
             return jax.lax.cond(inside, layer, lambda carry, _: (carry, {}), carry, scanned)
 
-        windows = None
-        if self.arch.windows:
+        growth = None
+        if arch.query_growth:
+            growth = layers.query_growth(tokens.positions, arch.query_growth, arch.query_period)
+        windows = ropes = None
+        if arch.windows:
             longest = jnp.iinfo(jnp.int32).max
-            windows = jnp.array([w or longest for w in self.arch.windows], jnp.int32)
+            windows = jnp.array([w or longest for w in arch.windows], jnp.int32)
+        if arch.rope_of_layer:
+            ropes = jnp.array(arch.rope_of_layer, jnp.int32)
         scanned = (
             windows,
-            edit.scanned(self.arch.layers),
+            ropes,
+            edit.scanned(arch.layers),
             None if prefix is None else (prefix.k, prefix.v),
         )
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
         body = layer if span is None else layer_in_span
         if blocks is None:
-            scanned = (jnp.arange(self.arch.layers), self.blocks, *scanned)
+            scanned = (jnp.arange(arch.layers), self.blocks, *scanned)
             (x, k_cache, v_cache), kept = jax.lax.scan(body, carry, scanned)
         else:
             for index, block in enumerate(blocks):
@@ -271,9 +324,11 @@ class Transformer(nnx.Module):
     def unembed(self, x: jax.Array) -> jax.Array:  # [B, Q, D] -> logits [B, Q, V], float32
         """Final norm and head, at the positions that were asked for."""
         with jax.named_scope("unembed"):
-            x = layers.rms_norm(x, self.final_norm[...], self.arch.norm_epsilon)
+            arch = self.arch
+            x = layers.rms_norm(x, self.final_norm[...], arch.norm_epsilon, arch.norm)
             if self.head is None:
                 logits = layers.einsum("bqd,vd->bqv", x, self.embed[...])
             else:
                 logits = layers.einsum("bqd,dv->bqv", x, self.head[...])
-            return constrain(logits.astype(jnp.float32), "batch", None, "vocab")
+            logits = layers.soft_cap(logits.astype(jnp.float32), arch.logit_cap)
+            return constrain(logits, "batch", None, "vocab")

@@ -150,7 +150,7 @@ def test_rope(name: str, checkpoint: Checkpoint) -> None:
     K, positions = model.arch.head_width, np.array([[0, 1, 5, 16, 17, 63, 200, 511]])
     x = np.random.default_rng(1).normal(size=(1, positions.size, 3, K)).astype(np.float32)
     ours = layers.rotate(
-        jnp.asarray(x), layers.rope_angles(jnp.asarray(positions), model.arch.rope, K)
+        jnp.asarray(x), layers.rope_angles(jnp.asarray(positions), model.arch.ropes[0], K)
     )
     hf_x = torch.tensor(x).transpose(1, 2)
     cos, sin = LlamaRotaryEmbedding(config)(hf_x, torch.tensor(positions))

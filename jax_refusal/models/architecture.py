@@ -1,0 +1,69 @@
+"""The static shape of a decoder: everything that families differ in, as named switches.
+
+Letters: L layers, D residual width, H query heads, G key/value heads, K head width, F MLP width,
+V vocabulary, E experts. What differs between the layers of one model is a tuple [L].
+"""
+
+import dataclasses
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint asks for something that this decoder does not compute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base angle, and how long contexts are scaled."""
+
+    base: float
+    kind: str = "default"  # default, linear, llama3, yarn, longrope; none turns nothing
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # turns within the original context: yarn keeps what makes more
+    beta_slow: float = 1.0  # and divides by `factor` what makes fewer
+    truncate: bool = True  # yarn rounds the borders between those to whole channels
+    original_context: int = 0  # tokens
+    short_factor: tuple[float, ...] = ()  # longrope, one for each frequency
+    attention_factor: float = 1.0  # cosine and sine are multiplied by it
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The static shape of a decoder. Hashable: it is part of what jit compiles for."""
+
+    family: str
+    naming: str  # how the checkpoint names its tensors, a key of `names.NAMING`
+    vocab: int  # V
+    width: int  # D
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # G
+    head_width: int  # K
+    mlp_width: int  # F, of an expert where there are experts
+    context: int  # tokens, the longest sequence that is computed as the family means it
+    norm_epsilon: float
+    ropes: tuple[Rope, ...]
+    score_scale: float  # of <q, k>
+    rope_of_layer: tuple[int, ...] = ()  # [L] an index of `ropes`; () is all 0
+    rotary_width: int = 0  # the first channels of each head that are turned; 0 is all K
+    # [L] sliding-window length in tokens, 0 is unlimited; () is all 0.
+    windows: tuple[int, ...] = ()
+    norm: str = "plain"  # a key of `layers.NORMS`
+    pre_norm: bool = True  # of what attention and MLP read
+    post_norm: bool = False  # of what attention and MLP write
+    qk_norm: str = ""  # of queries and keys: "", each "head", or the whole "projection"
+    activation: str = "silu"
+    tied_head: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    embed_scale: float = 1.0
+    score_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 is none
+    logit_cap: float = 0.0
+    experts: int = 0  # E; 0 is one MLP for all tokens
+    experts_per_token: int = 0
+    shares_add_up: bool = True  # the shares of a token's experts are made to add up to 1
+    query_growth: float = 0.0  # queries are 1 + growth * log(1 + position // period) longer
+    query_period: int = 0  # tokens
+    wrapped: bool = False  # the checkpoint holds more than this text model

@@ -1,0 +1,392 @@
+"""Config files as the hub has them, read into switches; and what is not computed, refused by name.
+
+The files here are shortened to the fields that say something about the forward pass, with the
+values of the published models.
+"""
+
+import math
+from typing import Any
+
+import pytest
+
+import jax_refusal as jr
+from jax_refusal.models.families import REFUSED, UnsupportedModel, architecture
+from tests.models.cases import fields
+
+GEMMA2_9B = {
+    "model_type": "gemma2",
+    "attention_bias": False,
+    "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 42,
+    "num_key_value_heads": 8,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "sliding_window_size": 4096,
+    "vocab_size": 256000,
+}
+GEMMA3_27B = {
+    "model_type": "gemma3",
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "image_token_index": 262144,
+    "mm_tokens_per_image": 256,
+    "text_config": {
+        "model_type": "gemma3_text",
+        "head_dim": 128,
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 62,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
+}
+PHI4_MINI = {
+    "model_type": "phi3",
+    "attention_bias": False,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    "embd_pdrop": 0.0,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "interpolation_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": [1.0] * 47 + [32.0],
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
+SMOLLM3_3B = {
+    "model_type": "smollm3",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "vocab_size": 128256,
+}
+QWEN25_7B = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+GEMMA_2B = {
+    "model_type": "gemma",
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_activation": None,
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "vocab_size": 256000,
+}
+OLMO2_7B = {
+    "model_type": "olmo2",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "vocab_size": 100352,
+}
+
+
+OLMO3_7B = {
+    **OLMO2_7B,
+    "model_type": "olmo3",
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    "max_position_embeddings": 65536,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "sliding_window": 4096,
+}
+MINISTRAL3_3B = {
+    "model_type": "mistral3",
+    "image_token_index": 10,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "model_type": "ministral3",
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 262144,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 131072,
+    },
+    "vision_config": {"model_type": "pixtral"},
+    "vision_feature_layer": -1,
+}
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+def test_olmo3() -> None:
+    arch = architecture(OLMO3_7B)
+    assert arch.windows == (4096, 4096, 4096, 0) * 8 and arch.rope_of_layer == (1, 1, 1, 0) * 8
+    full, local = arch.ropes
+    assert (full.kind, full.base, local.kind, local.base) == ("yarn", 5e5, "default", 5e5)
+    assert full.attention_factor == 1.2079441541679836
+
+
+def test_ministral3() -> None:
+    arch = architecture(MINISTRAL3_3B)
+    assert arch.wrapped and arch.tied_head and arch.windows == ()
+    assert (arch.query_growth, arch.query_period) == (0.1, 16384)
+    assert arch.ropes[0].attention_factor == 1.0  # mscale over mscale_all_dim
+
+
+def test_mixtral() -> None:
+    arch = architecture(MIXTRAL_8X7B)
+    assert (arch.experts, arch.experts_per_token, arch.shares_add_up) == (8, 2, True)
+
+
+def test_gemma() -> None:
+    arch = architecture(GEMMA_2B)
+    assert arch.tied_head and arch.norm == "one_plus" and arch.activation == "gelu_tanh"
+    assert (arch.head_width, arch.kv_heads, arch.embed_scale) == (256, 1, math.sqrt(2048))
+
+
+def test_gemma2() -> None:
+    arch = architecture(GEMMA2_9B)
+    assert arch.windows == (4096, 0) * 21
+    assert (arch.score_cap, arch.logit_cap, arch.score_scale) == (50.0, 30.0, 1 / 16)
+    assert arch.pre_norm and arch.post_norm and arch.tied_head
+
+
+def test_gemma3_with_what_its_file_leaves_out() -> None:
+    arch = architecture(GEMMA3_27B)
+    assert arch.wrapped and arch.vocab == 262208 and arch.context == 131072
+    assert arch.windows == ((1024,) * 5 + (0,)) * 10 + (1024,) * 2
+    assert arch.score_scale == 168**-0.5 and arch.score_cap == arch.logit_cap == 0.0
+    full, local = arch.ropes
+    assert (full.base, full.kind, full.factor) == (1e6, "linear", 8.0)
+    assert (local.base, local.kind) == (1e4, "default")
+    assert arch.rope_of_layer == ((1,) * 5 + (0,)) * 10 + (1,) * 2
+
+
+def test_phi4_mini_is_exact_up_to_its_original_context() -> None:
+    arch = architecture(PHI4_MINI)
+    assert arch.rotary_width == 96 and arch.head_width == 128 and arch.context == 4096
+    (rope,) = arch.ropes
+    assert rope.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+
+
+def test_smollm3() -> None:
+    arch = architecture(SMOLLM3_3B)
+    assert arch.windows == () and arch.rope_of_layer == (0, 0, 0, 1) * 9 and arch.tied_head
+    assert [(rope.base, rope.kind) for rope in arch.ropes] == [(5e6, "default"), (5e6, "none")]
+
+
+def test_qwen25() -> None:
+    arch = architecture(QWEN25_7B)
+    assert arch.qkv_bias and not arch.out_bias and arch.windows == ()
+    window = architecture({**QWEN25_7B, "use_sliding_window": True, "max_window_layers": 21})
+    assert window.windows == (0,) * 21 + (131072,) * 7
+
+
+def test_olmo2() -> None:
+    arch = architecture(OLMO2_7B)
+    assert not arch.pre_norm and arch.post_norm and arch.qk_norm == "projection"
+
+
+def inside(**changed: Any) -> dict[str, Any]:
+    return {**GEMMA3_27B, "text_config": {**GEMMA3_27B["text_config"], **changed}}
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "field": ({**QWEN25_7B, "qk_clip": 1.0}, ["unknown field qk_clip=1.0"]),
+    "text field": (inside(cap=3), ["unknown field cap=3"]),
+    "outer field": ({**GEMMA3_27B, "audio_config": {}}, ["unknown field audio_config={}"]),
+    "text model": (
+        inside(model_type="gemma4_text"),
+        ["'gemma4_text' (supported: ['gemma3_text'])"],
+    ),
+    "no text model": (
+        {k: v for k, v in GEMMA3_27B.items() if k != "text_config"},
+        ["text_config is of model_type None"],
+    ),
+    "activation": ({**GEMMA2_9B, "hidden_activation": "relu"}, ["hidden_activation='relu'"]),
+    "bidirectional": (
+        {**GEMMA2_9B, "use_bidirectional_attention": True},
+        ["use_bidirectional_attention=True"],
+    ),
+    "score cap": (inside(attn_logit_softcapping=50.0), ["attn_logit_softcapping=50.0"]),
+    "layer types": (
+        {**QWEN25_7B, "layer_types": ["chunked_attention"] * 28},
+        ["layer_types=['chunked_attention'", "28 of ['full_attention', 'sliding_attention']"],
+    ),
+    "number of layer types": (
+        {**QWEN25_7B, "layer_types": ["full_attention"] * 3},
+        ["layer_types=", "28 of"],
+    ),
+    "window off": (
+        {**QWEN25_7B, "layer_types": ["sliding_attention"] * 28},
+        ["sliding_window=None", "use_sliding_window=False"],
+    ),
+    "no rope": (
+        {**SMOLLM3_3B, "no_rope_layers": [1, 0]},
+        ["no_rope_layers=[1, 0] is shorter than the 36 layers"],
+    ),
+    "partial rope": (
+        {**OLMO2_7B, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ["partial_rotary_factor=0.5"],
+    ),
+    "default rope with a factor": (
+        {**OLMO2_7B, "rope_scaling": {"rope_type": "default", "factor": 2.0}},
+        ["rope type 'default': unknown fields ['factor']"],
+    ),
+    "two ropes": (
+        {**OLMO2_7B, "rope_scaling": {"factor": 2.0}, "rope_parameters": {"factor": 3.0}},
+        ["rope_parameters={'factor': 3.0} and rope_scaling={'factor': 2.0} differ"],
+    ),
+    "part of a rope": (
+        inside(rope_scaling=None, rope_parameters={"full_attention": {}, "other": {}}),
+        ["rope_parameters has unknown parts ['full_attention', 'other']"],
+    ),
+    "key/value heads": (
+        {k: v for k, v in GEMMA2_9B.items() if k != "num_key_value_heads"},
+        ["missing field num_key_value_heads"],
+    ),
+    "growth of queries": (
+        {**MINISTRAL3_3B["text_config"], "rope_parameters": {"rope_type": "default"}},
+        ["lacks llama_4_scaling_beta"],
+    ),
+    "another base": ({**OLMO3_7B, "rope_theta": 10000}, ["rope_theta=10000 (supported: [500000])"]),
+    "bias of the head": ({**PHI4_MINI, "lm_head_bias": True}, ["lm_head_bias=True"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_not_computed_is_refused_by_name(name: str) -> None:
+    config, words = REFUSALS[name]
+    with pytest.raises(UnsupportedModel) as error:
+        architecture(config)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_hybrids_are_refused_with_what_they_would_take(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{name}.*state.*key/value cache"):
+        architecture({"model_type": name})
+
+
+def test_beyond_the_exact_context_logits_are_refused(checkpoint) -> None:
+    """Longrope turns all tokens by other frequencies there: a longer prompt is never cut short."""
+    model = jr.load_model(str(checkpoint(**fields("phi3_longrope"))))
+    with pytest.raises(ValueError, match=r"25 tokens.*context of 24"):
+        jr.logits(model, [[3] * 25])
