@@ -18,7 +18,8 @@ from jax_refusal.interventions import Intervention, Transform, ablate, add, iden
 from jax_refusal.models.loading import load_model
 from jax_refusal.sharding import make_mesh
 from jax_refusal.sources import SMOLLM2
-from jax_refusal.study.directions import difference
+from jax_refusal.study.directions import cosine, difference, read_direction
+from jax_refusal.study.orthogonalize import bake_addition, orthogonalize
 
 __all__ = [
     "SMOLLM2",
@@ -26,6 +27,8 @@ __all__ = [
     "Transform",
     "ablate",
     "add",
+    "bake_addition",
+    "cosine",
     "difference",
     "generate",
     "identity",
@@ -34,6 +37,8 @@ __all__ = [
     "logits",
     "make_mesh",
     "mean_activations",
+    "orthogonalize",
+    "read_direction",
     "repeat",
     "rows",
     "select",

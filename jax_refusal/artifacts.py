@@ -72,7 +72,7 @@ class Workdir:
                     f"{self.root} holds files and no {MANIFEST}: it is not the workdir of a run. "
                     "Choose an empty or new folder."
                 )
-            versions = {name: _version(name) for name in PACKAGES}
+            versions = {name: version(name) for name in PACKAGES}
             self.manifest = {
                 "format": 1,
                 "identity": dict(self.identity),
@@ -210,7 +210,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

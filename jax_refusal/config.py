@@ -16,6 +16,7 @@ class ModelConfig:
     source: str = ""  # hub id, directory, .gguf file, or package:DIST/FILE.gguf
     adapter: str = ""  # PEFT LoRA directory merged into the weights; empty is none
     dtype: str = "float32"  # float32 or bfloat16
+    template: str = ""  # a named chat template (data/templates.py); empty is the tokenizer's own
     system: str | None = None  # text of the system turn; None leaves it to the template
     ignore_config_fields: tuple[str, ...] = ()  # config.json fields you vouch for
 
@@ -43,7 +44,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class RefusalConfig:
-    token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty discovers them
+    token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty leaves them to source
+    source: str = "discovered"  # from the model's own replies; or paper: those of model.template
     discovery_tokens: int = 24  # length of the replies that discovery reads
 
 
@@ -90,6 +92,7 @@ CHOICES = {
     "data.source": ("builtin", "paper"),
     "data.paper_test": ("jailbreakbench", "harmbench_test", "strongreject"),
     "selection.fallback": ("error", "least_bad"),
+    "refusal.source": ("discovered", "paper"),
 }
 AT_LEAST = {
     "data.n_train": 1,
@@ -163,6 +166,11 @@ def validate(config: RunConfig) -> RunConfig:
         problems.append("model.source is empty (a hub id, directory or .gguf file)")
     if not 0 <= config.selection.prune_layers < 1:
         problems.append(f"selection.prune_layers={config.selection.prune_layers} (0 <= x < 1)")
+    if config.refusal.source == "paper" and not config.model.template:
+        problems.append(
+            'refusal.source="paper" takes the tokens of model.template, which is empty (name one, '
+            "or name the tokens in refusal.token_ids)"
+        )
     if bool(config.data.harmful) != bool(config.data.harmless):
         problems.append("data.harmful and data.harmless go together: both or neither")
     if problems:

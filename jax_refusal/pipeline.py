@@ -12,6 +12,7 @@ from typing import Any
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
+from jax_refusal.data import templates
 from jax_refusal.data.prompts import load_prompts
 from jax_refusal.models import lora
 from jax_refusal.models.loading import read_checkpoint
@@ -45,6 +46,8 @@ def run(
     model's own errors; whatever was complete before stays in the workdir.
     """
     configs.validate(config)
+    if config.model.template:
+        templates.find(config.model.template)
     source = locate(config.model.source)
     prompts = load_prompts(config.data)
     study = Study(

@@ -15,13 +15,14 @@ from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime import batching
 from jax_refusal.runtime.collect import Progress
 from jax_refusal.runtime.generate import generate
+from jax_refusal.study.directions import IN_WORKDIR
 from jax_refusal.study.selection import Candidate, Selection
 
 MEANS = "directions/means.safetensors"
 FILTER = "directions/filter.json"
 TOKENS = "refusal_tokens.json"
 CANDIDATES = "selection/candidates.jsonl"
-DIRECTION = "selection/direction.safetensors"
+DIRECTION = IN_WORKDIR
 CHOICE = "selection/direction.json"
 METRICS = "metrics.json"
 REPORT = "report.md"
@@ -58,7 +59,7 @@ class Study:
 
     @cached_property
     def chat(self) -> Chat:
-        chat = load_chat(self.source, self.config.model.system)
+        chat = load_chat(self.source, self.config.model.system, self.config.model.template)
         self.workdir.note(template=chat.template_hash, tokenizer=chat.tokenizer_hash)
         return chat
 

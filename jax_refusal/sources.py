@@ -43,9 +43,17 @@ class Source:
             raise SourceError(f"{self.directory} has no {name}; a model source is {FORMS}.")
         return path
 
+    @property
+    def orbax(self) -> Path | None:
+        """The folder of an Orbax checkpoint that stands in place of the safetensors files."""
+        path = self.directory and self.directory / "orbax"
+        return path if path and path.is_dir() else None
+
     def weight_files(self) -> list[Path]:
-        """The safetensors shards, all of them present."""
+        """The safetensors shards, all of them present; or the files of the Orbax checkpoint."""
         assert self.directory is not None
+        if self.orbax is not None:
+            return sorted(path for path in self.orbax.rglob("*") if path.is_file())
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(read_json(index)["weight_map"].values()))

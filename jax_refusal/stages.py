@@ -60,6 +60,10 @@ def write_refusal_tokens(study: Study) -> list[str]:
                 f"{study.model.arch.vocab} tokens."
             )
         found, origin = [{"token_id": i, "text": text(i)} for i in given], "config"
+    elif study.config.refusal.source == "paper" and study.chat.template is not None:
+        ids = study.chat.template.refusal_ids(study.chat.tokenizer)
+        found = [{"token_id": i, "text": text(i)} for i in ids]
+        origin = f"the paper's, {study.chat.template_name}"
     else:
         found, origin = _discover(study), "discovered"
     if not found:
@@ -265,6 +269,11 @@ def write_metrics(study: Study) -> list[str]:
                 for s in ("train", "val")
             },
             "refusal_tokens": study.workdir.read_json(TOKENS),
+            "template": {
+                "name": study.chat.template_name,
+                "prompt": study.chat.render("{instruction}"),
+                "published_positions": study.chat.template and study.chat.template.positions,
+            },
             "max_new_tokens": c.generate.max_new_tokens,
             "refusal": {
                 name: dataclasses.asdict(refusals.rate(row["refused"] for row in rows[name]))

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from jax_refusal.data import templates
+from jax_refusal.data.templates import ChatError, Template
 from jax_refusal.sources import Source, SourceError, locate, read_json
 
 # Their endings differ in every way that could merge with the template's first tokens.
 PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
 
-
-class ChatError(ValueError):
-    """A template or an instruction that cannot be used; the message says why."""
+# Thinking models: the block before the answer. Qwen3's templates write an empty one in this form.
+THINK, ANSWER = "<think>", "</think>\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +28,33 @@ class Chat:
 
     stop_ids: tokens that end a reply. context: longest prompt in tokens, 0 when not known.
     system: text of a system turn; None leaves that to the template.
+    template: one of data/templates.py in place of the tokenizer's own.
+
+    Of a thinking model the prompt ends after an empty think block, so that the next token is the
+    first of the answer, where the refusal score is read.
     """
 
     tokenizer: Any
     stop_ids: tuple[int, ...]
     context: int = 0
     system: str | None = None
+    template: Template | None = None
 
     def render(self, instruction: str) -> str:
         """The prompt as text, up to where the reply starts."""
+        if self.template is not None:
+            return self.template.bos + self.template.render(instruction, self.system)
         turns = [{"role": "user", "content": instruction}]
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
+        switch = {"enable_thinking": False} if self._can_think else {}
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **switch
             )
         except Exception as error:  # a template is a program of the checkpoint: it raises anything
             raise ChatError(f"The chat template failed on {instruction!r}: {error}.") from error
+        return text + _rest_of_an_empty_block(text)
 
     def encode(self, instructions: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt; ChatError for an empty, non-text or too long instruction."""
@@ -57,8 +67,7 @@ class Chat:
                 )
         if not instructions:
             raise ChatError("No instructions were given.")
-        texts = [self.render(instruction) for instruction in instructions]
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = self._tokens(instructions)
         for i, prompt in enumerate(prompts):
             if self.context and len(prompt) > self.context:
                 raise ChatError(
@@ -66,6 +75,16 @@ class Chat:
                     f"{len(prompt)} tokens; the model's context is {self.context}."
                 )
         return prompts
+
+    def _tokens(self, instructions: Sequence[str]) -> list[list[int]]:
+        if self.template is None:
+            texts, first = [self.render(instruction) for instruction in instructions], []
+        else:  # the family's tokenizer puts its first token in front of a text
+            texts = [self.template.render(text, self.system) for text in instructions]
+            bos = self.template.bos
+            first = [self.tokenizer.convert_tokens_to_ids(bos)] if bos else []
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [[*first, *prompt] for prompt in prompts]
 
     @cached_property
     def post_instruction(self) -> tuple[int, ...]:
@@ -92,9 +111,22 @@ class Chat:
     def decode(self, ids: Iterable[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    @property
+    def template_name(self) -> str:
+        return self.template.name if self.template else "the tokenizer's own"
+
+    @property
+    def _can_think(self) -> bool:
+        return "enable_thinking" in str(self.tokenizer.chat_template)
+
     @cached_property
     def template_hash(self) -> str:
-        text = f"{self.tokenizer.chat_template}\n{self.system}"
+        if self.template is not None:
+            parts: list[Any] = [*self.template.identity, self.system]
+        else:
+            parts = [self.tokenizer.chat_template, self.system]
+            parts += ["an empty think block"] * self._can_think
+        text = "\n".join(map(str, parts))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
@@ -106,8 +138,13 @@ class Chat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def load_chat(source: str | Source, system: str | None = None) -> Chat:
-    """Tokenizer and chat template of a model source (the same strings as `load_model`)."""
+def load_chat(source: str | Source, system: str | None = None, template: str = "") -> Chat:
+    """Tokenizer and chat template of a model source (the same strings as `load_model`).
+
+    system: text of a system turn. template: a name of data/templates.py, such as "paper/gemma";
+    empty is the tokenizer's own. Raises SourceError or ChatError.
+    """
+    named = templates.find(template) if template else None
     found = locate(source) if isinstance(source, str) else source
     if found.gguf is not None:
         from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
@@ -122,17 +159,20 @@ def load_chat(source: str | Source, system: str | None = None) -> Chat:
         assert found.directory is not None
         path = found.directory / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
-    if not tokenizer.chat_template:
+    if named is not None:
+        named.check(tokenizer)
+    elif not tokenizer.chat_template:
         raise ChatError(
             f"{found.name} has no chat template, so it is not a chat model. Use its instruct or "
-            "chat variant, or add a chat_template to its tokenizer_config.json."
+            "chat variant, add a chat_template to its tokenizer_config.json, or name one in "
+            "model.template."
         )
     stops: set[Any] = set()
     for fields in ({"eos_token_id": tokenizer.eos_token_id}, config, generation):
         stated: Any = fields.get("eos_token_id")
         stops |= set(stated) if isinstance(stated, list) else {stated}
     context = config.get("max_position_embeddings", 0)
-    chat = Chat(tokenizer, tuple(sorted(stops - {None})), context, system)
+    chat = Chat(tokenizer, tuple(sorted(stops - {None})), context, system, named)
     # Where a template closes a turn with a special token, a reply ends there too, stated or not.
     turn_end = chat.post_instruction[0]
     added = tokenizer.added_tokens_decoder.get(turn_end)
@@ -149,6 +189,14 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
             break
         count += 1
     return count
+
+
+def _rest_of_an_empty_block(text: str) -> str:
+    """What closes the think block that a template opens at the end of a prompt; else nothing."""
+    opened = text.rstrip("\n")
+    if not opened.endswith(THINK):
+        return ""
+    return "\n\n"[len(text) - len(opened) :] + ANSWER
 
 
 def _from_directory(source: Source) -> Any:

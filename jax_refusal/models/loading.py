@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.models import convert, gguf_file
+from jax_refusal.models import checkpoint, convert, gguf_file
 from jax_refusal.models.families import Architecture, architecture
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.sources import Source, locate
@@ -27,7 +27,11 @@ def load_model(
     found = locate(source) if isinstance(source, str) else source
     mesh = sharding.make_mesh() if mesh is None else mesh
     arch, tensors = read_checkpoint(found, ignore_config_fields)
-    model = convert.load(arch, tensors, mesh, convert.numpy_dtype(dtype))
+    numpy_dtype = convert.numpy_dtype(dtype)
+    if found.orbax is not None:
+        model = checkpoint.load(arch, found.orbax, mesh, numpy_dtype)
+    else:
+        model = convert.load(arch, tensors, mesh, numpy_dtype)
     if adapter:
         from jax_refusal.models import lora
 
@@ -38,10 +42,12 @@ def load_model(
 def read_checkpoint(
     source: Source, ignore_config_fields: tuple[str, ...] = ()
 ) -> tuple[Architecture, dict[str, convert.Tensor]]:
-    """The architecture and the unread tensors of a source."""
+    """The architecture and the unread tensors of a source; those of Orbax have no such form."""
     if source.gguf is not None:
         config, tensors = gguf_file.read(source.gguf)
     else:
         config, tensors = source.config(), None
     arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
+    if source.orbax is not None:
+        return arch, {}
     return arch, convert.safetensors(source.weight_files()) if tensors is None else tensors

@@ -1,6 +1,7 @@
 """The page that a run leaves: report.md, three plots, and the closing table in the terminal."""
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,6 +126,7 @@ def page(metrics: Mapping[str, Any], selection: Selection, labels: Sequence[str]
         + ", ".join(f"`{t['text']}` ({t['token_id']})" for t in metrics["refusal_tokens"]["tokens"])
         + ".",
         f"Post-instruction tokens: {' '.join(f'`{text}`' for text in labels)}.",
+        _template(metrics["template"], len(labels)),
         "Prompts that passed the filter: "
         + ", ".join(f"{name} {count}" for name, count in metrics["prompts"].items())
         + ".",
@@ -160,6 +162,19 @@ def _row(c: Candidate) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _template(template: Mapping[str, Any], positions: int) -> str:
+    """Which chat template the prompts were written in, and one of them, escaped."""
+    prompt = json.dumps(template["prompt"], ensure_ascii=False)[1:-1]
+    published = template["published_positions"]
+    note = ""
+    if published and published != positions:
+        note = (
+            f" The published runs read {published} positions, the tokens of the closing text "
+            f"encoded on its own; {positions} of them follow every instruction here."
+        )
+    return f"Template: {template['name']}; a prompt is `{prompt}`.{note}"
 
 
 def _margin(metrics: Mapping[str, Any]) -> str:

@@ -3,11 +3,22 @@
 Letters: P post-instruction tokens, L layers, D residual width.
 """
 
+from pathlib import Path
+
 import numpy as np
+
+from jax_refusal.torch_file import read_torch
 
 # Below this share of the means' own length a difference is rounding, not a direction. (Block 0
 # reads the embedding of template tokens that all prompts share: its difference is zero.)
 ROUNDING = 1e-5
+
+# Where a run leaves the direction that it chose.
+IN_WORKDIR = "selection/direction.safetensors"
+
+
+class DirectionError(ValueError):
+    """A file that holds no direction, or one of another width; the message says which."""
 
 
 def difference(
@@ -28,3 +39,103 @@ def difference(
         np.linalg.norm(harmless, axis=-1, keepdims=True),
     )
     return np.where(length <= ROUNDING * scale, 0.0, gap)
+
+
+def read_direction(path: str | Path, tensor: str = "") -> np.ndarray:  # [D], or a grid [P, L, D]
+    """A direction, or a grid of them, in float64: from a `.pt` or `.safetensors` file, or from the
+    workdir of a run.
+
+    tensor: which one, where the file holds several. No code of a `.pt` file is run. Raises
+    DirectionError or TorchFileError.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / IN_WORKDIR
+        if not path.is_file():
+            raise DirectionError(
+                f"{path.parents[1]} has no {IN_WORKDIR}: it is not the workdir of a run that got "
+                "as far as its selection."
+            )
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise DirectionError(f"{path}: a direction is a .pt or .safetensors file, or a workdir.")
+    if not path.is_file():
+        raise DirectionError(f"{path}: there is no such file.")
+    found = _safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    if isinstance(found, dict):
+        tensors = {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
+        if not tensor and len(tensors) == 1:
+            (tensor,) = tensors
+        if tensor not in tensors:
+            names = sorted(map(str, tensors))
+            raise DirectionError(
+                f"{path} holds {len(names)} tensors {names}: say which one"
+                + f"; there is no {tensor!r}." * bool(tensor)
+                + "." * (not tensor)
+            )
+        found = tensors[tensor]
+    if not isinstance(found, np.ndarray) or found.ndim == 0:
+        raise DirectionError(f"{path} holds a {type(found).__name__} and no vector.")
+    direction = np.asarray(found, np.float64)
+    if not np.isfinite(direction).all():
+        raise DirectionError(f"{path} holds NaN or infinity; a finite direction is needed.")
+    return direction
+
+
+def cosine(
+    one: np.ndarray,  # [..., D]
+    other: np.ndarray,  # [..., D], leading axes as numpy broadcasts them
+) -> np.ndarray:  # [...], NaN where either is zero
+    """Cosine of the angle between directions; DirectionError for those of another width."""
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if one.shape[-1:] != other.shape[-1:] or not one.ndim:
+        raise DirectionError(
+            f"The directions have shapes {one.shape} and {other.shape}: the last axis is the width "
+            "of the residual stream, and it differs between models."
+        )
+    if min(one.ndim, other.ndim) > 1 and one.shape != other.shape:
+        raise DirectionError(f"Grids of shapes {one.shape} and {other.shape} have other cells.")
+    along = (one * other).sum(-1)
+    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    return np.divide(along, lengths, out=np.full_like(along, np.nan), where=lengths > 0)
+
+
+def compare(one: str | Path, other: str | Path, tensor: str = "") -> list[str]:
+    """What can be said of two stored directions or grids (see `read_direction`), as lines."""
+    found = {path: read_direction(path, tensor) for path in (one, other)}
+    lines = [
+        f"{path}: " + (f"norm {np.linalg.norm(x):.4g}" if x.ndim == 1 else f"grid {x.shape}")
+        for path, x in found.items()
+    ]
+    similar = cosine(*(found[path] for path in (one, other)))
+    if np.isnan(similar).all():
+        raise DirectionError(f"{one} or {other} is zero everywhere: there is no angle.")
+    if not similar.ndim:
+        return [*lines, f"cosine {similar:.6f}"]
+    if any(x.ndim == 1 for x in found.values()):
+        cell = np.unravel_index(np.nanargmax(np.abs(similar)), similar.shape)
+        where = ", ".join(str(int(i)) for i in cell)
+        if len(cell) == 2:  # a grid of candidates; positions are counted from the end
+            where = f"position {cell[0] - similar.shape[0]}, layer {cell[1]}"
+        return [*lines, f"nearest cell ({where}): cosine {similar[cell]:.6f}"]
+    least, median, most = np.nanquantile(similar, (0, 0.5, 1))
+    return [*lines, f"cosine of equal cells: {least:.6f} to {most:.6f}, median {median:.6f}"]
+
+
+def check_width(direction: np.ndarray, width: int, where: str) -> np.ndarray:  # [D]
+    """The direction, if it is one vector of this width."""
+    if direction.shape != (width,):
+        raise DirectionError(
+            f"{where} holds shape {direction.shape}, and the model's residual stream takes "
+            f"({width},). A direction belongs to the model that it was found in."
+        )
+    return direction
+
+
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise DirectionError(f"{path} is not a complete safetensors file ({error}).") from None

@@ -1,0 +1,305 @@
+"""A model, edited or not, written for other programs; with a card that says what was done to it.
+
+Formats: a Hugging Face directory, an Orbax one for fast sharded reload, a LoRA adapter of rank 1 in
+the PEFT format, a GGUF control vector for llama.cpp. The directory is written whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_refusal import config as configs
+from jax_refusal import interventions as iv
+from jax_refusal.api import logits
+from jax_refusal.artifacts import Workdir
+from jax_refusal.data.chat import ChatError, load_chat
+from jax_refusal.data.prompts import builtin
+from jax_refusal.interventions import Edit
+from jax_refusal.models import checkpoint, export, gguf_file, lora
+from jax_refusal.models.export import ExportError
+from jax_refusal.models.families import Architecture
+from jax_refusal.models.loading import load_model, read_checkpoint
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.report import card
+from jax_refusal.session import CHOICE
+from jax_refusal.sources import Source, file_sha256, fingerprint, locate
+from jax_refusal.study import orthogonalize as weights
+from jax_refusal.study.directions import IN_WORKDIR, check_width, read_direction
+
+EDITS = ("none", "orthogonalize", "addition")
+FORMATS = ("hf", "orbax", "peft", "gguf-control-vector")
+# What a format can hold.
+HOLDS = {
+    "hf": EDITS,
+    "orbax": EDITS,
+    "peft": ("orthogonalize",),
+    "gguf-control-vector": ("addition",),
+}
+CONTROL_VECTOR = "control_vector.gguf"
+MEASURED_PROMPTS = 8  # of the builtin harmless set, on which an edit is held against its original
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be written; empty fields are taken from the workdir, or from the source."""
+
+    to: str
+    out: str
+    edit: str = "none"
+    source: str = ""
+    workdir: str = ""  # of a run: gives source, adapter and direction
+    direction: str = ""  # a .pt or .safetensors file
+    tensor: str = ""  # which one, where the file holds several
+    layer: int | None = None  # of an addition
+    coefficient: float = 1.0  # of an addition, multiple of the direction
+    dtype: str = ""  # float32 or bfloat16; empty is that of the source
+    approximate: bool = False  # go on where an edit of the weights is not exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The model and the direction that a request asks for, found and checked."""
+
+    source: Source
+    adapter: str
+    ignore: tuple[str, ...]
+    config: dict[str, Any]  # config.json, or what a GGUF file says in its words
+    arch: Architecture
+    dtype: str
+    direction: np.ndarray | None  # [D]
+    layer: int | None
+    facts: dict[str, Any]  # for the card
+
+
+def convert(request: Request, log: Callable[[str], None] = print) -> Path:
+    """Writes what the request asks for and returns its directory.
+
+    Raises ExportError, WeightEditError, DirectionError, and the errors of sources and workdirs.
+    """
+    _check(request)
+    origin = _origin(request)
+    facts = origin.facts
+    with _whole(Path(request.out)) as folder:
+        if request.to == "gguf-control-vector":
+            assert origin.direction is not None and origin.layer is not None
+            vector = request.coefficient * origin.direction
+            export.write_control_vector(folder / CONTROL_VECTOR, vector, origin.layer, origin.arch)
+        else:
+            log(f"loading {origin.source.name}")
+            model = load_model(
+                origin.source,
+                origin.dtype,
+                adapter=origin.adapter or None,
+                ignore_config_fields=origin.ignore,
+            )
+            edited = _edited(model, request, origin)
+            facts |= {"edited leaves": _changed(model, edited)}
+            if request.edit != "none":
+                facts |= _measured(model, edited, request, origin)
+            _write(edited, model, request, origin, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
+        text = card.card(dataclasses.asdict(request), facts, hashes)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    log(f"wrote {request.out}")
+    return Path(request.out)
+
+
+def _check(request: Request) -> None:
+    """What can be said without reading anything."""
+    problems = []
+    if request.to not in HOLDS:
+        problems.append(f"--to={request.to} (allowed: {', '.join(FORMATS)})")
+    if request.edit not in EDITS:
+        problems.append(f"--edit={request.edit} (allowed: {', '.join(EDITS)})")
+    if not problems and request.edit not in HOLDS[request.to]:
+        problems.append(
+            f"--to={request.to} cannot hold --edit={request.edit} (it holds: "
+            f"{', '.join(HOLDS[request.to])})"
+        )
+    if request.dtype not in ("", "float32", "bfloat16"):
+        problems.append(f"--dtype={request.dtype} (allowed: float32, bfloat16)")
+    if not request.source and not request.workdir:
+        problems.append("--source or --workdir has to name the model")
+    if request.edit == "none" and request.direction:
+        problems.append("--direction goes with --edit=orthogonalize or --edit=addition")
+    if request.edit != "none" and not request.direction and not request.workdir:
+        problems.append(f"--edit={request.edit} needs --direction or --workdir")
+    if request.edit == "addition" and request.layer is None and request.direction:
+        problems.append("--edit=addition of a --direction needs its --layer")
+    if request.edit != "addition" and request.layer is not None:
+        problems.append("--layer goes with --edit=addition")
+    if jax.process_count() > 1:
+        problems.append(f"it runs in one process, and there are {jax.process_count()}")
+    out = Path(request.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(f"--out={out} is there already and not empty; nothing is overwritten")
+    if problems:
+        raise ExportError("This cannot be converted: " + "; ".join(problems) + ".")
+
+
+def _origin(request: Request) -> Origin:
+    """Finds the model and the direction, and checks that they belong together."""
+    facts: dict[str, Any] = {}
+    config, layer = configs.RunConfig(), request.layer
+    recorded = None  # fingerprint of the model that the direction was found in
+    if request.workdir:
+        work = Workdir.existing(request.workdir)
+        identity = work.manifest["identity"]
+        recorded = identity.get("model")
+        fields = {k.removeprefix("config."): v for k, v in identity.items() if "config." in k}
+        config = configs.from_identity(fields)
+        if request.edit != "none" and not request.direction:
+            if not work.done("selection"):
+                raise ExportError(f"{request.workdir} has no selected direction: finish the run.")
+            choice = work.read_json(CHOICE)
+            layer = choice["layer"] if layer is None else layer
+            c = config.selection
+            thresholds = {"kl": c.kl_threshold, "induce": c.induce_threshold}
+            facts |= {"choice": choice, "thresholds": thresholds | {"pruned": c.prune_layers}}
+    source = locate(request.source or config.model.source)
+    found = fingerprint(source)
+    if recorded is not None and recorded != found:
+        raise ExportError(
+            f"{source.name} is not the model of {request.workdir}: its fingerprint is "
+            f"{found[:16]}..., the run's is {recorded[:16]}.... A direction belongs to the weights "
+            "it was found in."
+        )
+    adapter = config.model.adapter
+    if adapter and request.to == "peft":
+        raise ExportError(
+            f"The run's model has the adapter {adapter} merged in, and an adapter of rank 1 cannot "
+            "hold both. Convert to a Hugging Face directory instead."
+        )
+    ignore = tuple(config.model.ignore_config_fields)
+    arch, _ = read_checkpoint(source, ignore)
+    original = gguf_file.read(source.gguf)[0] if source.gguf else source.config()
+    stored = str(original.get("dtype") or original.get("torch_dtype"))
+    dtype = request.dtype or ("bfloat16" if stored == "bfloat16" else "float32")
+    facts |= {"source": source.name, "fingerprint": found, "dtype": dtype, "family": arch.family}
+    if adapter:
+        facts |= {"adapter": adapter, "adapter_fingerprint": lora.fingerprint(adapter)}
+    direction = None
+    if request.edit != "none":
+        path = request.direction or request.workdir
+        direction = check_width(read_direction(path, request.tensor), arch.width, path)
+        file = Path(path) if request.direction else Path(path) / IN_WORKDIR
+        norm = float(np.linalg.norm(direction))
+        facts["direction"] = {"file": str(file), "sha256": file_sha256(file), "norm": norm}
+    return Origin(
+        source, adapter, ignore, original, arch, dtype, direction, layer, facts | {"layer": layer}
+    )
+
+
+def _edited(model: Transformer, request: Request, origin: Origin) -> Transformer:
+    if request.edit == "none":
+        return model
+    assert origin.direction is not None
+    if request.to == "peft":
+        return lora.merge(model, weights.rank_one(model, origin.direction))
+    if request.edit == "orthogonalize":
+        return weights.orthogonalize(model, origin.direction, approximate=request.approximate)
+    assert origin.layer is not None
+    return weights.bake_addition(
+        model,
+        origin.direction,
+        origin.layer,
+        request.coefficient,
+        approximate=request.approximate,
+    )
+
+
+def _changed(model: Transformer, edited: Transformer) -> list[str]:
+    before, after = model.leaves(), edited.leaves()
+    return [path for path, leaf in after.items() if leaf is not before.get(path)]
+
+
+def _measured(
+    model: Transformer, edited: Transformer, request: Request, origin: Origin
+) -> dict[str, Any]:
+    """How far the edited weights are from the same edit of the stream, in logits."""
+    arch = model.arch
+    assert origin.direction is not None
+    if request.edit == "orthogonalize":
+        edit: Edit = iv.ablate(origin.direction, arch.layers)
+    else:
+        assert origin.layer is not None
+        edit = iv.add(
+            origin.direction, arch.layers, layer=origin.layer, coefficient=request.coefficient
+        )
+    try:
+        texts = [i.text for i in builtin("harmless")["val"][:MEASURED_PROMPTS]]
+        prompts = load_chat(origin.source).encode(texts)
+    except ChatError:  # a model without a template can be edited all the same
+        return {}
+    length = max(map(len, prompts))
+    ids, mask = np.zeros((2, len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    real = mask.astype(bool)
+    ours = np.asarray(logits(edited, ids, mask))[real]
+    stream = np.asarray(logits(model, ids, mask, edit))[real]
+    return {
+        "measured": {
+            "tokens": int(real.sum()),
+            "largest_difference": float(np.abs(ours - stream).max()),
+            "largest_logit": float(np.abs(stream).max()),
+            "same_next_token": float(np.mean(ours.argmax(-1) == stream.argmax(-1))),
+        }
+    }
+
+
+def _write(
+    edited: Transformer, model: Transformer, request: Request, origin: Origin, folder: Path
+) -> None:
+    if request.to == "peft":
+        assert origin.direction is not None
+        adapter = weights.rank_one(model, origin.direction)
+        for name, content in lora.files(adapter, model.arch, origin.source.name, "float32").items():
+            (folder / name).write_bytes(content)
+        return
+    if origin.source.gguf is not None:
+        chat = load_chat(origin.source)
+        export.write_tokenizer(chat.tokenizer, chat.stop_ids, folder)
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        original = origin.config | {
+            name: getattr(chat.tokenizer, name)
+            for name in special
+            if getattr(chat.tokenizer, name) is not None
+        }
+    else:
+        assert origin.source.directory is not None
+        export.copy_beside(origin.source.directory, folder)
+        original = origin.config
+    if request.to == "orbax":
+        config = export.config(edited.arch, original, origin.dtype, origin.ignore)
+        export.write_json(folder / "config.json", config)
+        checkpoint.save(edited, folder / "orbax")
+    else:
+        export.write_hugging_face(edited, original, folder, origin.dtype, origin.ignore)
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, or is gone."""
+    unfinished = out.absolute().parent / f".{out.name}.tmp"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.replace(unfinished, out)  # an empty folder of that name may be there
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ExportError(
+            f"{out} could not be written ({error.strerror or error}); nothing was left behind."
+        ) from error
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

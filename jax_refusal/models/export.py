@@ -1,0 +1,192 @@
+"""The decoder's leaves as files that other programs read: the way back of convert.py.
+
+Letters: L layers, D residual width.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_refusal.models import convert, transformer
+from jax_refusal.models.convert import Tensor
+from jax_refusal.models.families import Architecture, UnsupportedModel, architecture
+from jax_refusal.models.transformer import Transformer
+
+SHARD_BYTES = 5 * 10**9  # of one safetensors file
+CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+# What belongs to a model beside its weights and config. Code of a checkpoint is not copied.
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class ExportError(ValueError):
+    """A model that the asked-for format cannot hold; the message says why."""
+
+
+def tensors(model: Transformer) -> dict[str, Tensor]:
+    """The model's tensors by their Hugging Face names, each brought to the host when it is read."""
+    leaves, found = model.leaves(), {}
+    for name, path, layout in convert.rows(model.arch):
+        logical = transformer.axes(model.arch)[path]
+        shape = tuple(math.prod(transformer.shape(model.arch, group)) for group in layout)
+        stacked = logical[0] == "layers"
+        own = logical[1:] if stacked else logical
+        order = [own.index(axis) for group in layout for axis in group]
+        for layer in range(model.arch.layers) if stacked else [None]:
+            read = partial(_read, leaves[path], layer, order, shape)
+            found[name.format(layer=layer)] = Tensor(shape, read)
+    return found
+
+
+def config(
+    arch: Architecture,
+    original: Mapping[str, Any],
+    dtype: str,
+    ignore: tuple[str, ...] = (),  # fields that the user vouched for when the model was loaded
+) -> dict[str, Any]:
+    """The original config.json with what an edit changed.
+
+    Raises ExportError where the family's config has no word for the architecture.
+    """
+    key = "dtype" if "dtype" in original else "torch_dtype"
+    changed = {**original, "tie_word_embeddings": arch.tied_head, key: dtype}
+    if arch.family in CLASSES:
+        changed.setdefault("architectures", [CLASSES[arch.family]])
+    if arch.mlp_bias:
+        changed["mlp_bias"] = True
+    try:
+        same = architecture(changed, ignore) == arch
+    except UnsupportedModel:
+        same = False
+    if not same:
+        raise ExportError(
+            f"The config.json of a {arch.family} model has no field for what the edit changed, so "
+            "that no other program would read the edited weights as they are."
+        )
+    return changed
+
+
+def write_hugging_face(
+    model: Transformer,
+    original: Mapping[str, Any],  # config.json of the source
+    folder: Path,
+    dtype: str,
+    ignore: tuple[str, ...] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """config.json and the safetensors shards of the model, indexed where there are several."""
+    from safetensors.numpy import save_file
+
+    write_json(folder / "config.json", config(model.arch, original, dtype, ignore))
+    wanted = convert.numpy_dtype(dtype)
+    found = tensors(model)
+    shards = list(_shards(found, wanted.itemsize, shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        whole = {n: found[n][(slice(None),) * len(found[n].shape)].astype(wanted) for n in names}
+        save_file(
+            {name: np.ascontiguousarray(x) for name, x in whole.items()},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        size = wanted.itemsize * sum(math.prod(tensor.shape) for tensor in found.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copies the tokenizer, the generation config and the licence of a Hugging Face directory."""
+    for path in sorted({path for pattern in BESIDE for path in source.glob(pattern)}):
+        if path.is_file() and path.suffix != ".py":
+            shutil.copyfile(path, folder / path.name)
+
+
+def write_tokenizer(tokenizer: Any, stop_ids: tuple[int, ...], folder: Path) -> None:
+    """The tokenizer that was inside a GGUF file, and a generation config that ends replies."""
+    tokenizer.save_pretrained(str(folder))
+    stops = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": list(stop_ids)}
+    write_json(folder / "generation_config.json", stops)
+
+
+def write_control_vector(
+    path: Path,
+    vector: np.ndarray,  # [D], what is added
+    layer: int,
+    arch: Architecture,
+) -> None:
+    """A GGUF control vector that llama.cpp adds to the input of block `layer`, at every token.
+
+    llama.cpp adds `direction.N` to the output of block N, which is the input of block N + 1, and
+    knows no direction.0: so layers 0 and 1 cannot be reached.
+    """
+    import gguf
+
+    if not 2 <= layer < arch.layers:
+        raise ExportError(
+            f"layer={layer}: llama.cpp adds direction.N behind block N, from N = 1 on: a control "
+            f"vector can act on the input of layers 2 to {arch.layers - 1}."
+        )
+    writer = gguf.GGUFWriter(str(path), "controlvector")
+    writer.add_string("controlvector.model_hint", arch.family)
+    writer.add_uint32("controlvector.layer_count", arch.layers - 1)
+    writer.add_tensor(f"direction.{layer - 1}", np.asarray(vector, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _read(
+    leaf: jax.Array,
+    layer: int | None,
+    order: list[int],  # of the leaf's axes in the Hugging Face tensor
+    shape: tuple[int, ...],
+    slices: tuple[slice, ...],
+) -> np.ndarray:
+    whole = np.asarray(leaf if layer is None else leaf[layer])
+    return whole.transpose(order).reshape(shape)[slices]
+
+
+def _shards(found: Mapping[str, Tensor], itemsize: int, most: int) -> Iterator[list[str]]:
+    """Names in order, cut where a file would pass `most` bytes."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in found.items():
+        bytes_ = itemsize * math.prod(tensor.shape)
+        if names and size + bytes_ > most:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += bytes_
+    if names:
+        yield names
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

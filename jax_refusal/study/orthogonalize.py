@@ -1,0 +1,172 @@
+"""Edits of the residual stream written into the weights (Arditi et al. 2024, section 4.1, app. E).
+
+Letters: L layers, D residual width, V vocabulary.
+
+Ablating a direction at every write is a projection of the matrices that write: W <- W - W u u^T,
+for the embedding, the attention and MLP outputs, and their biases. Every leaf of the model whose
+last axis is the residual stream is looked at before anything is changed: it is edited, or known to
+write nothing, or named in an error. Weights are edited in float32 and cast back to their dtype.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_refusal import sharding
+from jax_refusal.interventions import unit_vector
+from jax_refusal.models import convert, lora, transformer
+from jax_refusal.models.families import Architecture
+from jax_refusal.models.layers import PRECISION
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.study.directions import check_width
+
+# Leaves that write to the residual stream: their last axis is the stream.
+WRITERS = frozenset({"embed", "blocks.o", "blocks.o_bias", "blocks.down", "blocks.down_bias"})
+# Leaves of that shape that write nothing: gains of norms in front of a block or of the head.
+READERS = frozenset({"blocks.attn_norm", "blocks.mlp_norm", "final_norm"})
+# Gains of norms between a write and the stream, where a projection of the weights is not exact.
+POST_NORMS: frozenset[str] = frozenset()
+# Families whose Hugging Face config has `mlp_bias`, so that a bias baked in can be stored.
+MLP_BIAS_FAMILIES = frozenset({"llama"})
+
+
+class WeightEditError(ValueError):
+    """An edit that the weights of this architecture cannot hold exactly; the message says why."""
+
+
+def writers(arch: Architecture) -> list[str]:
+    """The leaves that write to the residual stream.
+
+    Raises WeightEditError naming every leaf of which that is not known.
+    """
+    last = [path for path, logical in transformer.axes(arch).items() if logical[-1] == "embed"]
+    unknown = sorted(set(last) - WRITERS - READERS - POST_NORMS)
+    if unknown:
+        raise WeightEditError(
+            f"{unknown} of this {arch.family} model end in the residual stream; it is not known "
+            "whether they write to it: nothing was edited. Add them to the tables of "
+            "study/orthogonalize.py."
+        )
+    return [path for path in last if path in WRITERS]
+
+
+def orthogonalize(
+    model: Transformer,
+    direction: jax.Array | np.ndarray,  # [D], any length
+    *,
+    approximate: bool = False,
+) -> Transformer:
+    """A model that cannot write along `direction`: its logits are those of `ablate` at all sites.
+
+    A tied head is untied first, since only the embedding writes. approximate: go on where a norm
+    stands between a write and the stream, which the result then equals only nearly. Raises
+    WeightEditError, and DirectionError for another width.
+    """
+    arch = model.arch
+    edited = writers(arch)
+    _check_exact(arch, approximate)
+    unit = unit_vector(check_width(np.asarray(direction), arch.width, "The direction"))
+    leaves = model.leaves()
+    if arch.tied_head:
+        arch = dataclasses.replace(arch, tied_head=False)
+        leaves["head"] = leaves["embed"].T
+    for path in edited:
+        leaves[path] = _project(leaves[path], unit)
+    return _rebuilt(model, arch, leaves, {*edited, "head"})
+
+
+def bake_addition(
+    model: Transformer,
+    direction: jax.Array | np.ndarray,  # [D], in activation units
+    layer: int,
+    coefficient: float = 1.0,
+    *,
+    approximate: bool = False,
+) -> Transformer:
+    """A model with `coefficient * direction` added to the input of block `layer`, at every token.
+
+    It becomes a bias of the MLP output of the block before: the attention's would be seen by that
+    MLP. So layer 0 has no room, nor has an architecture without MLP biases. Raises as
+    `orthogonalize`.
+    """
+    arch = model.arch
+    if not 1 <= layer < arch.layers:
+        raise WeightEditError(
+            f"layer={layer}: an addition becomes a bias of the block before, so it can be at "
+            f"layers 1 to {arch.layers - 1}."
+        )
+    if not arch.mlp_bias and arch.family not in MLP_BIAS_FAMILIES:
+        raise WeightEditError(
+            f"A {arch.family} model has no bias at its MLP output, so no addition can be part of "
+            "its weights. Add it while it runs (jax_refusal.add), or as a GGUF control vector."
+        )
+    _check_exact(arch, approximate)
+    vector = np.asarray(check_width(np.asarray(direction), arch.width, "The direction"), np.float32)
+    unit_vector(vector)  # finite, and not zero
+    leaves = model.leaves()
+    new = set()
+    if not arch.mlp_bias:
+        arch = dataclasses.replace(arch, mlp_bias=True)
+        new = set(transformer.axes(arch)) - set(leaves)
+        for path in new:
+            shape = transformer.shape(arch, transformer.axes(arch)[path])
+            leaves[path] = jnp.zeros(shape, model.dtype)
+    bias = leaves["blocks.down_bias"]
+    row = bias[layer - 1].astype(jnp.float32) + coefficient * vector
+    leaves["blocks.down_bias"] = bias.at[layer - 1].set(row.astype(bias.dtype))
+    return _rebuilt(model, arch, leaves, {*new, "blocks.down_bias"})
+
+
+def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adapter:
+    """The part of `orthogonalize` that a LoRA of rank 1 holds: W - u u^T W, A = u^T W and B = -u.
+
+    It covers the matrices by which attention and MLP write. The embedding and output biases are
+    not part of it: the merged model is `ablate` at the sites attn_out and mlp_out, but for biases.
+    """
+    arch = model.arch
+    edited = writers(arch)
+    _check_exact(arch, approximate=False)
+    unit = unit_vector(check_width(np.asarray(direction), arch.width, "The direction"))
+    a, b, leaves = {}, {}, model.leaves()
+    for name, path, layout in convert.rows(arch):
+        if path not in edited or not path.startswith("blocks.") or len(layout) != 2:
+            continue
+        target = name.split(".")[-2]
+        along = _along(leaves[path], unit)  # [L, ...]
+        a[target] = along.reshape(arch.layers, 1, -1)
+        b[target] = jnp.broadcast_to(-unit[None, :, None], (arch.layers, arch.width, 1))
+    return lora.Adapter(a, b, 1.0)
+
+
+def _check_exact(arch: Architecture, approximate: bool) -> None:
+    between = sorted(POST_NORMS & set(transformer.axes(arch)))
+    if between and not approximate:
+        raise WeightEditError(
+            f"This {arch.family} model norms what its blocks write ({between}), so that an edit of "
+            "the weights before the norm is not the edit of the stream. Ask for the approximation "
+            "(approximate=True) and measure it, or edit the stream while the model runs."
+        )
+
+
+def _along(weight: jax.Array, unit: jax.Array) -> jax.Array:  # [..., D], [D] -> [...]
+    return jnp.einsum("...d,d->...", weight.astype(jnp.float32), unit, precision=PRECISION)
+
+
+@jax.jit
+def _project(weight: jax.Array, unit: jax.Array) -> jax.Array:  # [..., D], [D] -> [..., D]
+    """weight <- weight - <weight, unit> unit along the last axis, in float32."""
+    outer = jnp.einsum("...,d->...d", _along(weight, unit), unit, precision=PRECISION)
+    return (weight.astype(jnp.float32) - outer).astype(weight.dtype)
+
+
+def _rebuilt(
+    model: Transformer, arch: Architecture, leaves: dict[str, jax.Array], changed: set[str]
+) -> Transformer:
+    """The model of these leaves, the changed ones laid out as a loaded model's are."""
+    mesh = model.embed[...].sharding.mesh
+    logical = transformer.axes(arch)
+    for path in changed & set(leaves):
+        leaves[path] = sharding.place(leaves[path], mesh, *logical[path])
+    return Transformer(arch, leaves)

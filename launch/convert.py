@@ -1,0 +1,50 @@
+"""Writes a model, edited or not, for other programs.
+
+python -m launch.convert --source=MODEL --to=orbax --out=DIR
+python -m launch.convert --workdir=RUN --edit=orthogonalize --to=hf --out=DIR
+python -m launch.convert --source=MODEL --direction=FILE --layer=14 --edit=addition \\
+    --coefficient=-1 --to=gguf-control-vector --out=DIR
+"""
+
+import sys
+
+from absl import flags
+
+from launch import common
+
+SOURCE = flags.DEFINE_string("source", "", "A model source; empty is that of --workdir.")
+WORKDIR = flags.DEFINE_string("workdir", "", "A run with the direction (and source) to use.")
+DIRECTION = flags.DEFINE_string("direction", "", "A .pt or .safetensors file with a direction.")
+TENSOR = flags.DEFINE_string("tensor", "", "Name of the tensor, where that file holds several.")
+EDIT = flags.DEFINE_string("edit", "none", "none, orthogonalize or addition.")
+TO = flags.DEFINE_string("to", None, "hf, orbax, peft or gguf-control-vector.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to be made; never one with files.", required=True)
+LAYER = flags.DEFINE_integer("layer", None, "Layer of an addition; empty is the run's.")
+COEFFICIENT = flags.DEFINE_float("coefficient", 1.0, "Multiple of the direction that is added.")
+DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16; empty is that of the source.")
+APPROXIMATE = flags.DEFINE_bool(
+    "approximate", False, "Go on where an edit of the weights is not exact; the card measures it."
+)
+
+
+def main(_: list[str]) -> None:
+    from jax_refusal.conversion import Request, convert
+
+    request = Request(
+        to=TO.value,
+        out=OUT.value,
+        edit=EDIT.value,
+        source=SOURCE.value,
+        workdir=WORKDIR.value,
+        direction=DIRECTION.value,
+        tensor=TENSOR.value,
+        layer=LAYER.value,
+        coefficient=COEFFICIENT.value,
+        dtype=DTYPE.value,
+        approximate=APPROXIMATE.value,
+    )
+    print(convert(request, common.log))
+
+
+if __name__ == "__main__":
+    common.start(main, sys.argv)

@@ -1,0 +1,178 @@
+"""Hugging Face -> ours -> Hugging Face is the same to the bit, and Orbax reloads what was saved."""
+
+import dataclasses
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jax_refusal as jr
+from jax_refusal import sharding
+from jax_refusal.models import checkpoint as orbax
+from jax_refusal.models import convert, export, transformer
+from jax_refusal.models.convert import ConversionError
+from jax_refusal.models.export import ExportError
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.study.orthogonalize import bake_addition, orthogonalize
+from tests.tolerances import assert_close
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_width": {"head_dim": 24},
+    "mistral": {"architecture": "mistral", "sliding_window": 7},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+Checkpoint = Callable[..., Path]
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def written(model: Transformer, source: Path, folder: Path, dtype: str, **options: Any) -> Path:
+    folder.mkdir()
+    original = json.loads((source / "config.json").read_text())
+    export.write_hugging_face(model, original, folder, dtype, **options)
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back_is_the_same_to_the_bit(name: str, checkpoint: Checkpoint, tmp_path: Path):
+    source = checkpoint(**CONFIGS[name])
+    dtype = CONFIGS[name].get("dtype", "float32")
+    model = jr.load_model(str(source), dtype=dtype)
+    ours = stored(written(model, source, tmp_path / "out", dtype))
+    theirs = stored(source)
+    assert ours.keys() == theirs.keys()
+    for key, values in theirs.items():
+        assert ours[key].dtype == values.dtype, key
+        np.testing.assert_array_equal(ours[key], values, err_msg=key)
+    again = jr.load_model(str(tmp_path / "out"), dtype=dtype)
+    assert again.arch == model.arch
+
+
+def test_shards_and_their_index(tiny_dir: Path, model: Transformer, tmp_path: Path):
+    folder = written(model, tiny_dir, tmp_path / "out", "float32", shard_bytes=200_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert sorted(set(index["weight_map"].values())) == files
+    for file in files:
+        tensors = load_file(folder / file)
+        assert {k for k, v in index["weight_map"].items() if v == file} == tensors.keys()
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= 200_000
+    total = sum(x.nbytes for x in stored(folder).values())
+    assert index["metadata"]["total_size"] == total
+    again = jr.load_model(str(folder))
+    for path, leaf in model.leaves().items():
+        np.testing.assert_array_equal(again.leaves()[path], leaf, err_msg=path)
+
+
+def test_tensors_fit_the_table_they_came_from(checkpoint: Checkpoint):
+    for fields in CONFIGS.values():
+        model = jr.load_model(str(checkpoint(**fields)))
+        convert.check(model.arch, export.tensors(model))
+        one = export.tensors(model)["model.layers.1.self_attn.o_proj.weight"]
+        whole = one[(slice(None), slice(None))]
+        np.testing.assert_array_equal(one[(slice(3, 5), slice(1, 2))], whole[3:5, 1:2])
+
+
+def test_an_untied_head_and_a_new_bias_are_in_the_config(checkpoint: Checkpoint, tmp_path: Path):
+    source = checkpoint(tie_word_embeddings=True)
+    model = jr.load_model(str(source))
+    direction = np.random.default_rng(0).normal(size=64)
+    edited = bake_addition(orthogonalize(model, direction), direction, 2)
+    folder = written(edited, source, tmp_path / "out", "float32")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["mlp_bias"]) == (False, True)
+    again = jr.load_model(str(folder))
+    assert again.arch == edited.arch
+    for path, leaf in edited.leaves().items():
+        np.testing.assert_array_equal(again.leaves()[path], leaf, err_msg=path)
+
+
+def test_a_config_without_a_word_for_an_edit_is_refused(checkpoint: Checkpoint, tmp_path: Path):
+    """Were a Mistral given an MLP bias, no program would read it."""
+    source = checkpoint(architecture="mistral")
+    arch = dataclasses.replace(jr.load_model(str(source)).arch, mlp_bias=True)
+    original = json.loads((source / "config.json").read_text())
+    with pytest.raises(ExportError, match="mistral model has no field for what the edit changed"):
+        export.config(arch, original, "float32")
+
+
+# Orbax
+
+
+def orbax_directory(model: Transformer, source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    orbax.save(model, folder / "orbax")
+    return folder
+
+
+def test_orbax_gives_back_what_was_saved(tiny_dir: Path, model: Transformer, tmp_path: Path):
+    folder = orbax_directory(model, tiny_dir, tmp_path / "saved")
+    mesh = sharding.make_mesh(data=2, model=2)
+    for again in (jr.load_model(str(folder)), jr.load_model(str(folder), mesh=mesh)):
+        for path, leaf in model.leaves().items():
+            np.testing.assert_array_equal(again.leaves()[path], leaf, err_msg=path)
+    for path, logical in transformer.axes(model.arch).items():
+        leaf = again.leaves()[path]
+        assert leaf.sharding == sharding.named(mesh, logical, leaf.shape), path
+
+
+def test_orbax_in_another_dtype(tiny_dir: Path, model: Transformer, tmp_path: Path):
+    folder = orbax_directory(model, tiny_dir, tmp_path / "saved")
+    again = jr.load_model(str(folder), dtype="bfloat16")
+    for path, leaf in model.leaves().items():
+        assert again.leaves()[path].dtype == jnp.bfloat16
+        assert_close(again.leaves()[path].astype(jnp.float32), leaf, 2**-8, path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 3}, {"intermediate_size": 64}, {"mlp_bias": True}]
+)
+def test_orbax_of_another_shape_is_refused(
+    change: dict[str, Any], tiny_dir: Path, model: Transformer, tmp_path: Path
+):
+    folder = orbax_directory(model, tiny_dir, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConversionError, match="does not hold the leaves of its llama config"):
+        jr.load_model(str(folder))
+
+
+def test_a_damaged_orbax_folder(tiny_dir: Path, model: Transformer, tmp_path: Path):
+    folder = orbax_directory(model, tiny_dir, tmp_path / "saved")
+    for path in (folder / "orbax").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(ConversionError, match="is not a complete Orbax checkpoint"):
+        jr.load_model(str(folder))
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax leaves reads behind that it never waited for
+def test_a_lost_part_of_an_orbax_folder(tiny_dir: Path, model: Transformer, tmp_path: Path):
+    folder = orbax_directory(model, tiny_dir, tmp_path / "saved")
+    for path in (folder / "orbax/ocdbt.process_0/d").iterdir():
+        path.unlink()
+    with pytest.raises(ConversionError, match=r"is damaged\. Convert the model again"):
+        jr.load_model(str(folder))
+    gc.collect()
+
+
+def test_orbax_with_a_nan_is_refused(tiny_dir: Path, model: Transformer, tmp_path: Path):
+    leaves = model.leaves()
+    leaves["blocks.up"] = leaves["blocks.up"].at[0, 0, 0].set(jnp.nan)
+    broken = Transformer(model.arch, leaves)
+    folder = orbax_directory(broken, tiny_dir, tmp_path / "saved")
+    with pytest.raises(ConversionError, match=r"not finite.*blocks\.up"):
+        jr.load_model(str(folder))

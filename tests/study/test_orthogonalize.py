@@ -1,0 +1,216 @@
+"""Edits in the weights: the logits are those of the same edits of the stream, or it is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import jax_refusal as jr
+from jax_refusal import sharding
+from jax_refusal.models import transformer
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.study import orthogonalize as weights
+from jax_refusal.study.directions import DirectionError
+from jax_refusal.study.orthogonalize import WeightEditError, bake_addition, orthogonalize
+from tests import oracle, tiny
+from tests.tolerances import BFLOAT16, PARITY, ROUNDING, assert_close, largest
+
+L, D = 4, 64
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied_biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "head_width": {"head_dim": 24},
+    "mistral_window": {"architecture": "mistral", "sliding_window": 7},
+}
+Checkpoint = Callable[..., Path]
+
+
+def direction(seed: int = 0) -> np.ndarray:  # [D]
+    return 3 * np.random.default_rng(seed).normal(size=D).astype(np.float32)
+
+
+def ids(model: Transformer) -> np.ndarray:  # [B, T]
+    return np.random.default_rng(1).integers(model.arch.vocab, size=(2, 24))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_ablation_at_all_sites(name: str, checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(**CONFIGS[name])))
+    edited = orthogonalize(model, direction())
+    expected = jr.logits(model, ids(model), edit=jr.ablate(direction(), L))
+    assert_close(jr.logits(edited, ids(model)), expected, PARITY, name)
+    unedited = jr.logits(model, ids(model))
+    assert largest(expected - unedited) > 0.01 * largest(expected)  # it does something
+
+
+@pytest.mark.parametrize("name", ["tied", "biases"])
+def test_logits_are_those_of_hooks(name: str, checkpoint: Checkpoint):
+    """Against transformers with the paper's hooks, which share no code with this."""
+    path = checkpoint(**CONFIGS[name])
+    model, hf = jr.load_model(str(path)), tiny.hf_model(path)
+    with oracle.ablation_hooks(hf, direction()), torch.no_grad():
+        expected = hf(torch.tensor(ids(model))).logits.numpy()
+    assert_close(jr.logits(orthogonalize(model, direction()), ids(model)), expected, PARITY)
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied_biases"])
+def test_nothing_is_written_along_the_direction(name: str, checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(**CONFIGS[name])))
+    edited = orthogonalize(model, direction())
+    unit = direction() / np.linalg.norm(direction())
+    for path in weights.writers(model.arch):
+        before, after = model.leaves()[path], edited.leaves()[path]
+        assert largest(before @ unit) > 1e-3, path
+        assert largest(after @ unit) < ROUNDING * largest(before), path
+    untouched = set(model.leaves()) - set(weights.writers(model.arch))
+    for path in untouched:
+        np.testing.assert_array_equal(edited.leaves()[path], model.leaves()[path], err_msg=path)
+
+
+def test_the_given_model_stays_as_it_is(model: Transformer):
+    before = {path: np.array(leaf) for path, leaf in model.leaves().items()}
+    orthogonalize(model, direction())
+    bake_addition(model, direction(), 1)
+    for path, leaf in model.leaves().items():
+        np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+
+
+def test_a_tied_head_is_untied_and_kept(checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(**CONFIGS["tied"])))
+    edited = orthogonalize(model, direction())
+    assert model.arch.tied_head and not edited.arch.tied_head
+    np.testing.assert_array_equal(edited.leaves()["head"], model.leaves()["embed"].T)
+
+
+def test_twice_is_once(model: Transformer):
+    once = orthogonalize(model, direction())
+    twice = orthogonalize(once, -2 * direction())
+    for path, leaf in twice.leaves().items():
+        assert_close(leaf, once.leaves()[path], PARITY, path)
+
+
+def test_bfloat16_keeps_its_dtype(tiny_dir: Path):
+    model = jr.load_model(str(tiny_dir), dtype="bfloat16")
+    edited = orthogonalize(model, direction())
+    assert {leaf.dtype for leaf in edited.leaves().values()} == {jnp.dtype("bfloat16")}
+    exact = jr.logits(jr.load_model(str(tiny_dir)), ids(model), edit=jr.ablate(direction(), L))
+    ours = np.asarray(jr.logits(edited, ids(model)))
+    assert np.sqrt(np.mean((ours - exact) ** 2)) <= BFLOAT16 * np.sqrt(np.mean(exact**2))
+
+
+@pytest.mark.parametrize("name", ["tied", "biases"])
+def test_sharded_leaves_stay_sharded(name: str, checkpoint: Checkpoint):
+    path = str(checkpoint(**CONFIGS[name]))
+    mesh = sharding.make_mesh(data=2, model=2)
+    for edit in (
+        lambda m: orthogonalize(m, direction()),
+        lambda m: bake_addition(m, direction(), 2),
+    ):
+        one, many = edit(jr.load_model(path)), edit(jr.load_model(path, mesh=mesh))
+        for leaf, logical in transformer.axes(many.arch).items():
+            x = many.leaves()[leaf]
+            assert x.sharding == sharding.named(mesh, logical, x.shape), leaf
+            assert_close(x, one.leaves()[leaf], PARITY, leaf)
+        assert_close(jr.logits(many, ids(many)), jr.logits(one, ids(one)), PARITY)
+
+
+# Coverage
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_leaf_that_ends_in_the_stream_is_known(name: str, checkpoint: Checkpoint):
+    arch = jr.load_model(str(checkpoint(**CONFIGS[name]))).arch
+    expected = {"embed", "blocks.o", "blocks.down"}
+    if "biases" in name:
+        expected |= {"blocks.o_bias", "blocks.down_bias"}
+    assert set(weights.writers(arch)) == expected
+
+
+@pytest.mark.parametrize(
+    ("leaf", "logical"),
+    [
+        ("blocks.expert_down", ("layers", "experts", "mlp", "embed")),
+        ("blocks.side_bias", ("layers", "embed")),
+        ("position", ("context", "embed")),
+    ],
+)
+def test_an_unknown_writer_is_named_and_nothing_is_edited(
+    leaf: str, logical: tuple[str, ...], model: Transformer, monkeypatch: pytest.MonkeyPatch
+):
+    real = transformer.axes
+    monkeypatch.setattr(transformer, "axes", lambda arch: real(arch) | {leaf: logical})
+    with pytest.raises(WeightEditError, match=rf"\['{leaf}'\] of this llama model.*nothing was"):
+        orthogonalize(model, direction())
+
+
+def test_a_reader_of_the_stream_is_no_writer(model: Transformer, monkeypatch: pytest.MonkeyPatch):
+    real = transformer.axes
+    router = {"blocks.router": ("layers", "embed", "experts")}
+    monkeypatch.setattr(transformer, "axes", lambda arch: real(arch) | router)
+    assert "blocks.router" not in weights.writers(model.arch)
+
+
+def test_a_norm_behind_a_write_is_refused_unless_asked_for(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weights, "POST_NORMS", frozenset({"blocks.mlp_norm"}))
+    monkeypatch.setattr(weights, "READERS", weights.READERS - {"blocks.mlp_norm"})
+    for edit in (orthogonalize, lambda m, d, **o: bake_addition(m, d, 1, **o)):
+        with pytest.raises(WeightEditError, match=r"norms what its blocks write.*approximate=True"):
+            edit(model, direction())
+        assert edit(model, direction(), approximate=True).arch.layers == L
+
+
+# Activation addition
+
+
+@pytest.mark.parametrize("name", ["grouped", "tied", "biases", "head_width"])
+@pytest.mark.parametrize("layer", [1, L - 1])
+def test_a_baked_addition_is_the_addition(name: str, layer: int, checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(**CONFIGS[name])))
+    baked = bake_addition(model, direction(), layer, -1.5)
+    edit = jr.add(direction(), L, layer=layer, coefficient=-1.5)
+    expected = jr.logits(model, ids(model), edit=edit)
+    assert_close(jr.logits(baked, ids(model)), expected, PARITY, name)
+    assert largest(expected - jr.logits(model, ids(model))) > 0.01 * largest(expected)
+    assert baked.arch.mlp_bias and baked.arch.tied_head == model.arch.tied_head
+
+
+def test_additions_add_up(model: Transformer):
+    twice = bake_addition(bake_addition(model, direction(), 2, 0.5), direction(1), 2)
+    once = bake_addition(model, 0.5 * direction() + direction(1), 2)
+    assert_close(twice.leaves()["blocks.down_bias"], once.leaves()["blocks.down_bias"], PARITY)
+
+
+@pytest.mark.parametrize("layer", [0, -1, L])
+def test_a_layer_without_room(layer: int, model: Transformer):
+    with pytest.raises(WeightEditError, match=f"layer={layer}: .*layers 1 to 3"):
+        bake_addition(model, direction(), layer)
+
+
+def test_a_family_without_room(checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(architecture="mistral")))
+    with pytest.raises(WeightEditError, match="mistral model has no bias at its MLP output"):
+        bake_addition(model, direction(), 1)
+
+
+# Bad directions
+
+
+@pytest.mark.parametrize("edit", [orthogonalize, lambda m, d: bake_addition(m, d, 1)])
+def test_directions_of_another_shape_are_refused(edit: Any, model: Transformer):
+    for wrong in (np.ones(D - 1), np.ones((2, D))):
+        with pytest.raises(DirectionError, match=r"takes \(64,\)"):
+            edit(model, wrong)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_no_direction_at_all(value: float, model: Transformer):
+    with pytest.raises(ValueError, match="finite"):
+        orthogonalize(model, np.full(D, value))

@@ -1,0 +1,397 @@
+"""Models that leave: other programs load them with the logits of the edit, and the card is true."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from transformers import AutoTokenizer
+
+import jax_refusal as jr
+from jax_refusal import conversion
+from jax_refusal.artifacts import WorkdirError
+from jax_refusal.conversion import Request, convert
+from jax_refusal.models import lora
+from jax_refusal.models.export import ExportError
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.sources import SourceError, file_sha256, fingerprint, locate
+from jax_refusal.study.directions import DirectionError
+from jax_refusal.study.orthogonalize import WeightEditError, rank_one
+from tests import oracle, runs, tiny
+from tests.tolerances import PARITY, assert_close, largest
+
+L, D = 4, 64
+IDS = np.random.default_rng(1).integers(3, 400, size=(2, 20))
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def vector() -> np.ndarray:  # [D]
+    return 3 * np.random.default_rng(0).normal(size=D).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def direction(vector: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    save_file({"direction": vector}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    runs.run(runs.small(tiny_dir), workdir)
+    return workdir
+
+
+def converted(**fields: Any) -> Path:
+    fields = {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+    return convert(Request(**fields), log=lambda message: None)
+
+
+@torch.no_grad()
+def hf_logits(path: Path) -> np.ndarray:
+    return tiny.hf_model(path)(torch.tensor(IDS)).logits.numpy()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """What the card says of the files."""
+    text = (folder / "README.md").read_text()
+    return dict(re.findall(r"^\| (\S+) \| `([0-9a-f]{64})` \|$", text, re.MULTILINE))
+
+
+# A Hugging Face directory
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}],
+    ids=["plain", "tied", "biases"],
+)
+@pytest.mark.parametrize("edit", ["none", "orthogonalize", "addition"])
+def test_transformers_loads_it_with_the_logits_of_the_edit(
+    edit: str, fields: dict, checkpoint: Checkpoint, direction: Path, vector, tmp_path: Path
+):
+    source, out = checkpoint(**fields), tmp_path / "out"
+    options: dict[str, Any] = {} if edit == "none" else {"direction": direction}
+    if edit == "addition":
+        options |= {"layer": 2, "coefficient": -0.5}
+    assert converted(source=source, edit=edit, to="hf", out=out, **options) == out
+
+    hf = tiny.hf_model(source)
+    hooks = {
+        "none": lambda: oracle.ablation_hooks(hf, 0 * vector),
+        "orthogonalize": lambda: oracle.ablation_hooks(hf, vector),
+        "addition": lambda: oracle.addition_hooks(hf, vector, 2, -0.5),
+    }
+    with hooks[edit](), torch.no_grad():
+        expected = hf(torch.tensor(IDS)).logits.numpy()
+    assert_close(hf_logits(out), expected, PARITY, edit)
+    assert_close(jr.logits(jr.load_model(str(out)), IDS), expected, PARITY, edit)
+
+    # The tokenizer and its template came along, and nothing else did.
+    assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT_TEMPLATE
+    assert jr.load_chat(str(out)).encode(["Hi"]) == jr.load_chat(str(source)).encode(["Hi"])
+    files = {path.name for path in out.iterdir()}
+    assert files == {path.name for path in source.iterdir()} | {"README.md"}
+    assert hashes(out) == {f: file_sha256(out / f) for f in files - {"README.md"}}
+
+
+def test_bfloat16_stays_bfloat16(checkpoint: Checkpoint, direction: Path, tmp_path: Path):
+    source = checkpoint(dtype="bfloat16")
+    out = converted(
+        source=source, edit="orthogonalize", direction=direction, to="hf", out=tmp_path / "out"
+    )
+    model = tiny.hf_model(out, torch.bfloat16)
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert "logits differ by at most" in (out / "README.md").read_text()
+    wide = converted(source=source, to="hf", dtype="float32", out=tmp_path / "wide")
+    assert_close(hf_logits(wide), hf_logits(source), PARITY)
+
+
+def test_unedited_weights_are_the_sources_to_the_bit(tiny_dir: Path, tmp_path: Path):
+    out = converted(source=tiny_dir, to="hf", out=tmp_path / "out")
+    name = "model.safetensors"
+    theirs, ours = tiny.hf_model(tiny_dir).state_dict(), tiny.hf_model(out).state_dict()
+    assert theirs.keys() == ours.keys() and (out / name).is_file()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    text = (out / "README.md").read_text()
+    assert "unedited" in text and f"`{fingerprint(locate(str(tiny_dir)))}`" in text
+
+
+# Orbax
+
+
+def test_orbax_is_a_model_source(checkpoint: Checkpoint, direction: Path, vector, tmp_path: Path):
+    source = checkpoint(tie_word_embeddings=True)
+    out = converted(
+        source=source, edit="orthogonalize", direction=direction, to="orbax", out=tmp_path / "out"
+    )
+    model = jr.load_model(str(source))
+    expected = jr.logits(model, IDS, edit=jr.ablate(vector, L))
+    again = jr.load_model(str(out))
+    assert_close(jr.logits(again, IDS), expected, PARITY)
+    assert not again.arch.tied_head
+    assert jr.load_chat(str(out)).encode(["Hi"])
+    assert fingerprint(locate(str(out))) != fingerprint(locate(str(source)))
+    assert set(hashes(out)) >= {"config.json", "tokenizer.json"}
+    metrics = tmp_path / "run"
+    runs.run(runs.small(out), metrics)  # a whole study runs on it
+    assert (metrics / "report.md").is_file()
+
+
+# PEFT
+
+
+def test_the_adapter_is_ablation_of_what_the_blocks_write(
+    tiny_dir: Path, model: Transformer, direction: Path, vector: np.ndarray, tmp_path: Path
+):
+    from peft import PeftModel
+
+    out = converted(
+        source=tiny_dir, edit="orthogonalize", direction=direction, to="peft", out=tmp_path / "out"
+    )
+    edit = jr.ablate(vector, L, sites=("attn_out", "mlp_out"))
+    expected = jr.logits(model, IDS, edit=edit)
+    theirs = PeftModel.from_pretrained(tiny.hf_model(tiny_dir), str(out)).eval()
+    with torch.no_grad():
+        assert_close(theirs(torch.tensor(IDS)).logits.numpy(), expected, PARITY, "peft")
+    ours = jr.load_model(str(tiny_dir), adapter=str(out))
+    assert_close(jr.logits(ours, IDS), expected, PARITY)
+    everywhere = jr.logits(model, IDS, edit=jr.ablate(vector, L))
+    assert largest(everywhere - expected) > 1e3 * PARITY * largest(expected)
+    text = (out / "README.md").read_text()
+    assert "**The embedding is not covered, nor are output biases**" in text
+    assert set(hashes(out)) == {lora.CONFIG, lora.WEIGHTS}
+    config = json.loads((out / lora.CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"]) == (1, 1.0)
+    assert config["target_modules"] == ["down_proj", "o_proj"]
+
+
+def test_rank_one_is_the_projection(checkpoint: Checkpoint, vector: np.ndarray):
+    model = jr.load_model(str(checkpoint(head_dim=24)))
+    merged = lora.merge(model, rank_one(model, vector)).leaves()
+    from jax_refusal.study.orthogonalize import orthogonalize
+
+    whole = orthogonalize(model, vector).leaves()
+    for path, leaf in whole.items():
+        if path in ("blocks.o", "blocks.down"):
+            assert_close(merged[path], leaf, PARITY, path)
+        else:
+            np.testing.assert_array_equal(merged[path], model.leaves()[path], err_msg=path)
+
+
+# GGUF control vector
+
+
+def test_the_control_vector_is_where_llama_cpp_adds_it(
+    tiny_dir: Path, direction: Path, vector: np.ndarray, tmp_path: Path
+):
+    out = converted(
+        source=tiny_dir,
+        edit="addition",
+        direction=direction,
+        layer=3,
+        coefficient=-2.0,
+        to="gguf-control-vector",
+        out=tmp_path / "out",
+    )
+    reader = gguf.GGUFReader(out / conversion.CONTROL_VECTOR)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "controlvector"
+    assert fields["controlvector.model_hint"] == "llama"
+    assert fields["controlvector.layer_count"] == L - 1
+    (tensor,) = reader.tensors
+    assert (tensor.name, tensor.tensor_type.name) == ("direction.2", "F32")  # output of block 2
+    np.testing.assert_allclose(tensor.data, -2.0 * vector, rtol=1e-6)
+    text = (out / "README.md").read_text()
+    assert "| layer | input of layer 3 |" in text and "| times | -2 |" in text
+
+
+@pytest.mark.parametrize("layer", [0, 1, 4])
+def test_layers_that_llama_cpp_does_not_reach(
+    layer: int, tiny_dir: Path, direction: Path, tmp_path: Path
+):
+    with pytest.raises(ExportError, match=f"layer={layer}: llama.cpp.*layers 2 to 3"):
+        converted(
+            source=tiny_dir,
+            edit="addition",
+            direction=direction,
+            layer=layer,
+            to="gguf-control-vector",
+            out=tmp_path / "out",
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# From a run
+
+
+def test_a_runs_direction_and_thresholds_are_on_the_card(
+    finished: Path, tiny_dir: Path, tmp_path: Path
+):
+    out = converted(workdir=finished, edit="orthogonalize", to="hf", out=tmp_path / "out")
+    choice = json.loads((finished / "selection/direction.json").read_text())
+    file = finished / "selection/direction.safetensors"
+    text = (out / "README.md").read_text()
+    assert f"# {tiny_dir}, edit: orthogonalize" in text
+    assert f"| sha256 of the direction | `{file_sha256(file)}` |" in text
+    assert f"position {choice['position']} " in text and f"layer {choice['layer']}: " in text
+    assert "KL at most 100, induce at least -100, the upper 20% of the layers left out." in text
+    from jax_refusal.study.directions import read_direction
+
+    model = jr.load_model(str(tiny_dir))
+    expected = jr.logits(model, IDS, edit=jr.ablate(read_direction(finished), L))
+    assert_close(hf_logits(out), expected, PARITY)
+    measured = re.search(r"logits differ by at most (\S+) where the largest is (\S+),", text)
+    assert measured and float(measured[1]) < PARITY * float(measured[2])
+
+
+def test_an_addition_is_at_the_runs_layer(finished: Path, tiny_dir: Path, tmp_path: Path):
+    out = converted(workdir=finished, edit="addition", to="hf", out=tmp_path / "out")
+    layer = json.loads((finished / "selection/direction.json").read_text())["layer"]
+    assert f"| layer | input of layer {layer} |" in (out / "README.md").read_text()
+
+
+def test_a_direction_of_other_weights_is_refused(
+    finished: Path, checkpoint: Checkpoint, tmp_path: Path
+):
+    with pytest.raises(ExportError, match=r"is not the model of .*fingerprint is .*the run's is"):
+        converted(
+            workdir=finished,
+            source=checkpoint(seed=1),
+            edit="orthogonalize",
+            to="hf",
+            out=tmp_path / "out",
+        )
+
+
+def test_a_run_without_a_direction_is_refused(finished: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (copy / "selection/direction.json").unlink()
+    with pytest.raises(ExportError, match="has no selected direction"):
+        converted(workdir=copy, edit="orthogonalize", to="hf", out=tmp_path / "out")
+    with pytest.raises(WorkdirError, match="not the workdir of a run"):
+        converted(workdir=tmp_path, edit="orthogonalize", to="hf", out=tmp_path / "out")
+
+
+# What is refused, and what is left behind
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"to": "onnx"}, "--to=onnx .allowed: hf, orbax, peft, gguf-control-vector"),
+        ({"edit": "erase"}, "--edit=erase .allowed: none, orthogonalize, addition"),
+        ({"to": "peft"}, "--to=peft cannot hold --edit=none .it holds: orthogonalize"),
+        ({"to": "gguf-control-vector", "edit": "orthogonalize"}, "it holds: addition"),
+        ({"edit": "orthogonalize"}, "needs --direction or --workdir"),
+        ({"edit": "addition", "direction": "d.pt"}, "needs its --layer"),
+        ({"direction": "d.pt"}, "--direction goes with"),
+        ({"layer": 2}, "--layer goes with --edit=addition"),
+        ({"dtype": "int4"}, "--dtype=int4 .allowed: float32, bfloat16"),
+        ({"source": ""}, "--source or --workdir"),
+    ],
+)
+def test_requests_that_make_no_sense(fields: dict, words: str, tiny_dir: Path, tmp_path: Path):
+    request = {"source": tiny_dir, "to": "hf", "out": tmp_path / "out"} | fields
+    with pytest.raises(ExportError, match=words):
+        converted(**request)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_files_is_never_written_to(tiny_dir: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match="is there already and not empty; nothing is overwritten"):
+        converted(source=tiny_dir, to="hf", out=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    (tmp_path / "out/mine.txt").unlink()
+    assert converted(source=tiny_dir, to="hf", out=tmp_path / "out")  # an empty one is fine
+
+
+def test_nothing_is_left_of_what_could_not_be_finished(
+    tiny_dir: Path, direction: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        with pytest.raises(ExportError, match=r"No space left on device.*nothing was left"):
+            converted(source=tiny_dir, to="hf", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(WeightEditError):
+        converted(
+            source=tiny_dir,
+            edit="addition",
+            direction=direction,
+            layer=0,
+            to="hf",
+            out=tmp_path / "out",
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_direction_of_another_width(tiny_dir: Path, tmp_path: Path):
+    torch.save(torch.ones(D + 1), tmp_path / "wide.pt")
+    with pytest.raises(DirectionError, match=r"wide.pt holds shape \(65,\).*takes \(64,\)"):
+        converted(
+            source=tiny_dir,
+            edit="orthogonalize",
+            direction=tmp_path / "wide.pt",
+            to="hf",
+            out=tmp_path / "out",
+        )
+
+
+def test_a_model_that_is_not_there(tmp_path: Path):
+    with pytest.raises(SourceError, match="does not exist"):
+        converted(source=tmp_path / "none", to="hf", out=tmp_path / "out")
+
+
+def test_the_command(tiny_dir: Path, direction: Path, tmp_path: Path, tmp_path_factory):
+    def launch(module: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", f"launch.{module}", *flags],
+            cwd=runs.ROOT,
+            env=runs.environment(runs.programs(tmp_path_factory)),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    flags = [f"--source={tiny_dir}", f"--direction={direction}", f"--out={tmp_path / 'out'}"]
+    flags += ["--edit=addition", "--layer=2", "--to=gguf-control-vector"]
+    done = launch("convert", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "out")
+    again = launch("convert", *flags)
+    assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1
+    assert "ExportError" in again.stderr and "nothing is overwritten" in again.stderr
+    same = launch("compare", f"--one={direction}", f"--other={direction}")
+    assert same.returncode == 0 and same.stdout.strip().endswith("cosine 1.000000")
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_a_hugging_face_directory(smollm2_hf, tmp_path: Path):
+    """Real weights, dequantised: the same logits and the same prompts in transformers."""
+    out = converted(source=jr.SMOLLM2, to="hf", out=tmp_path / "out")
+    prompt = jr.load_chat(jr.SMOLLM2).encode(["What is the capital of France?"])
+    assert jr.load_chat(str(out)).encode(["What is the capital of France?"]) == prompt
+    assert jr.load_chat(str(out)).stop_ids == jr.load_chat(jr.SMOLLM2).stop_ids
+    with torch.no_grad():
+        ours = tiny.hf_model(out)(torch.tensor(prompt)).logits.numpy()
+        theirs = smollm2_hf(torch.tensor(prompt)).logits.numpy()
+    assert_close(ours, theirs, PARITY)
