@@ -142,8 +142,13 @@ def from_identity(fields: dict[str, Any]) -> RunConfig:
     return config
 
 
-def validate(config: RunConfig) -> RunConfig:
-    """Raises ConfigError with every value that is not allowed; returns the config."""
+def check_values(
+    config: Any, choices: dict[str, tuple[Any, ...]], at_least: dict[str, float]
+) -> list[str]:
+    """What is wrong with single values; ConfigError at once for values of a wrong type.
+
+    choices: dotted field name -> values it may have. at_least: name -> its least value.
+    """
     flat = flatten(config)
     wrong = [
         f"{name}={flat[name]!r} ({kind.__name__ if isinstance(kind, type) else kind} is needed)"
@@ -154,14 +159,19 @@ def validate(config: RunConfig) -> RunConfig:
         raise ConfigError("The config has values of a wrong type: " + "; ".join(wrong) + ".")
     problems = [
         f"{name}={flat[name]!r} (allowed: {', '.join(allowed)})"
-        for name, allowed in CHOICES.items()
+        for name, allowed in choices.items()
         if flat[name] not in allowed
     ]
-    problems += [
+    return problems + [
         f"{name}={flat[name]!r} (at least {least})"
-        for name, least in AT_LEAST.items()
+        for name, least in at_least.items()
         if flat[name] < least
     ]
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Raises ConfigError with every value that is not allowed; returns the config."""
+    problems = check_values(config, CHOICES, AT_LEAST)
     if not config.model.source:
         problems.append("model.source is empty (a hub id, directory or .gguf file)")
     if not 0 <= config.selection.prune_layers < 1:
@@ -176,6 +186,15 @@ def validate(config: RunConfig) -> RunConfig:
     if problems:
         raise ConfigError("The config cannot be run: " + "; ".join(problems) + ".")
     return config
+
+
+def check_kind(config: Any, schema: type) -> None:
+    """Raises ConfigError for a config file of another entry point."""
+    if not isinstance(config, schema):
+        raise ConfigError(
+            f"--config: get_config() returns a {type(config).__name__} and this command needs a "
+            f"{schema.__name__}. See the other files in configs/."
+        )
 
 
 def check_overrides(arguments: list[str], config_class: type = RunConfig) -> list[str]:

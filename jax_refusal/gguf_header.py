@@ -29,6 +29,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
+    order: str  # of the bytes, "<" or ">"
     metadata: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
 
@@ -76,7 +77,7 @@ def _parse(buffer: mmap.mmap) -> Header:
     alignment = metadata.get("general.alignment", 32)
     data = -(-offset // alignment) * alignment
     placed = (dataclasses.replace(tensor, offset=data + tensor.offset) for tensor in tensors)
-    return Header(metadata, tuple(placed))
+    return Header(order, metadata, tuple(placed))
 
 
 def _value(buffer: mmap.mmap, offset: int, kind: int, order: str) -> tuple[Any, int]:

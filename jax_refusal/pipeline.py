@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
@@ -46,6 +48,11 @@ def run(
     model's own errors; whatever was complete before stays in the workdir.
     """
     configs.validate(config)
+    if jax.process_count() > 1:
+        raise configs.ConfigError(
+            f"{jax.process_count()} JAX processes: a run is one process so far, with all the "
+            "devices of its host."
+        )
     if config.model.template:
         templates.find(config.model.template)
     source = locate(config.model.source)
@@ -104,11 +111,16 @@ def stages() -> list[tuple[str, Callable[[Study], list[str]]]]:
 
 
 def side_by_side(
-    workdir: str, instructions: list[str], max_new_tokens: int = 64, coefficient: float = 1.0
+    workdir: str,
+    instructions: list[str],
+    max_new_tokens: int = 64,
+    coefficient: float = 1.0,
+    mesh: tuple[int, int] = (1, 1),  # (data, model) axes
 ) -> list[dict[str, str]]:
     """Each instruction's reply unedited, with the run's direction ablated, subtracted and added.
 
-    All conditions are rows of one batch. Raises StudyError where the run is not finished.
+    All conditions are rows of one batch. Raises StudyError where the run is not finished,
+    WorkdirError where the model or the adapter is no longer what the run used.
     """
     path = Workdir.existing(workdir)
     manifest = path.manifest["identity"]
@@ -117,7 +129,10 @@ def side_by_side(
     config = configs.from_identity(
         {k.removeprefix("config."): v for k, v in manifest.items() if k.startswith("config.")}
     )
-    study = Study(config, path, None, locate(config.model.source), silent, lambda message: None)
+    config.mesh.data, config.mesh.model = mesh
+    source = locate(config.model.source)
+    path.note(model=fingerprint(source), adapter=lora.fingerprint(config.model.adapter))
+    study = Study(config, path, None, source, silent, lambda message: None)
     choice, L = study.selection(), study.model.arch.layers
     edits = {
         "unedited": study.nothing,

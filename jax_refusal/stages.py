@@ -28,7 +28,7 @@ from jax_refusal.session import (
     StudyError,
 )
 from jax_refusal.study.directions import difference
-from jax_refusal.study.scores import refusal_score
+from jax_refusal.study.scores import check_token_ids, refusal_score
 from jax_refusal.study.selection import Rule, select
 from jax_refusal.study.sweep import Sweep
 
@@ -42,6 +42,7 @@ CONDITIONS = (
 )
 SIGNS = {"harmful": 1, "harmless": -1}  # of the refusal scores that the filter keeps
 DISCOVERY_PROMPTS = 32  # of each kind
+NO_REFUSALS = "first tokens of the refusal phrases; the model refused nothing"
 
 
 def write_refusal_tokens(study: Study) -> list[str]:
@@ -53,12 +54,7 @@ def write_refusal_tokens(study: Study) -> list[str]:
                 check_room(prompts, study.config.generate.max_new_tokens, study.model.arch)
     given, text = study.config.refusal.token_ids, lambda i: study.chat.tokenizer.decode([i])
     if given:
-        wrong = [i for i in given if not 0 <= i < study.model.arch.vocab]
-        if wrong:
-            raise StudyError(
-                f"refusal.token_ids={list(given)}: {wrong} are not among the model's "
-                f"{study.model.arch.vocab} tokens."
-            )
+        check_token_ids(given, study.model.arch.vocab)
         found, origin = [{"token_id": i, "text": text(i)} for i in given], "config"
     elif study.config.refusal.source == "paper" and study.chat.template is not None:
         ids = study.chat.template.refusal_ids(study.chat.tokenizer)
@@ -67,20 +63,25 @@ def write_refusal_tokens(study: Study) -> list[str]:
     else:
         found, origin = _discover(study), "discovered"
     if not found:
-        if study.config.selection.fallback != "least_bad":
-            raise StudyError(
-                f"The model refused none of the {DISCOVERY_PROMPTS} or fewer harmful training "
-                "prompts, so there is no refusal to study and no refusal token to discover. Name "
-                "the tokens in refusal.token_ids, or go on anyway with "
-                'selection.fallback="least_bad".'
-            )
+        _check_fallback(study)
         ids = {
             study.chat.tokenizer.encode(p, add_special_tokens=False)[0] for p in refusals.PHRASES
         }
         found = [{"token_id": i, "text": text(i)} for i in sorted(ids)]
-        origin = "first tokens of the refusal phrases; the model refused nothing"
+        origin = NO_REFUSALS
     study.workdir.write_json(TOKENS, {"origin": origin, "tokens": found})
     return [TOKENS]
+
+
+def _check_fallback(study: Study) -> None:
+    """A model that refuses nothing is studied only where the config says so."""
+    if study.config.selection.fallback != "least_bad":
+        raise StudyError(
+            f"The model refused none of the {DISCOVERY_PROMPTS} or fewer harmful training "
+            "prompts, so there is no refusal to study and no refusal token to discover. Name "
+            "the tokens in refusal.token_ids, or go on anyway with "
+            'selection.fallback="least_bad".'
+        )
 
 
 def _discover(study: Study) -> list[dict[str, Any]]:
@@ -165,6 +166,8 @@ def _nothing_kept(study: Study, kind: str, split: str, scores: np.ndarray) -> st
 def write_selection(study: Study) -> list[str]:
     """Scores the candidates and picks one by the paper's rule."""
     c = study.config.selection
+    if study.workdir.read_json(TOKENS)["origin"] == NO_REFUSALS:
+        _check_fallback(study)  # it may have changed since the tokens were written
     directions = study.workdir.read_tensors(MEANS)["mean_diffs"]
     sweep = Sweep(
         study.model,

@@ -72,8 +72,9 @@ def start(
         sys.exit(2)
 
 
-def settings(config_flag: flags.FlagHolder) -> Any:
-    """The config of a --config flag, with its overrides."""
+def settings(config_flag: flags.FlagHolder, schema: type | None = None) -> Any:
+    """The config of a --config flag, with its overrides; a RunConfig where no schema is given."""
     from jax_refusal import config
 
+    config.check_kind(config_flag.value, schema or config.RunConfig)
     return config.empty_optional(config_flag.value, sys.argv)

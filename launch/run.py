@@ -11,7 +11,10 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, and overrides of its fields."
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of this run's files; may be gs://...", required=True
+    "workdir",
+    None,
+    "Folder of this run's files; gs://... where gcsfs is installed.",
+    required=True,
 )
 flags.mark_flag_as_required("config")
 

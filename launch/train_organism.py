@@ -18,11 +18,12 @@ flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
+    from jax_refusal.organism.config import OrganismConfig
     from jax_refusal.organism.train import train
 
     with common.bar("train") as on_step:
         path = train(
-            CONFIG.value,
+            common.settings(CONFIG, OrganismConfig),
             WORKDIR.value,
             progress=common.progress,
             log=common.log,

@@ -29,6 +29,7 @@ from jax_refusal.runtime.generate import ContextError
 from jax_refusal.session import StudyError
 from jax_refusal.sharding import MeshError
 from jax_refusal.sources import SourceError
+from jax_refusal.study.scores import TokenError
 from jax_refusal.study.selection import SelectionError
 from tests import runs, tiny
 from tests.runs import contents, small
@@ -304,7 +305,9 @@ def test_a_prompt_and_its_reply_longer_than_the_context(workdir, tiny_dir: Path)
 def test_refusal_tokens_that_the_model_does_not_have(workdir, tiny_dir: Path):
     config = small(tiny_dir, refusal__token_ids=(3, 5000, -1))
     words = ["refusal.token_ids=[3, 5000, -1]", "[5000, -1] are not among", "409 tokens"]
-    assert_refused(config, workdir, StudyError, *words)
+    assert_refused(config, workdir, TokenError, *words)
+    twice = small(tiny_dir, refusal__token_ids=(3, 3))
+    assert_refused(twice, workdir, TokenError, "refusal.token_ids=[3, 3]", "each token once")
 
 
 def test_a_config_value_that_is_not_allowed(workdir, tiny_dir: Path):
@@ -329,6 +332,10 @@ def test_a_model_that_refuses_nothing(workdir, tiny_dir: Path):
     chat = jr.load_chat(str(tiny_dir))
     firsts = {chat.tokenizer.encode(p)[0] for p in refusals.PHRASES}
     assert {token["token_id"] for token in found["tokens"]} == firsts
+
+    # And taking it back stops the run, as it stops a fresh one.
+    with pytest.raises(StudyError, match="refused none"):
+        runs.run(small(tiny_dir, **fields), workdir)
 
 
 def test_nothing_survives_the_filter(workdir, tiny_dir: Path):

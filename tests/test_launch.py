@@ -114,6 +114,12 @@ def test_a_flag_that_is_needed_is_named(nowhere, cache: Path):
     assert_refused(launch(cache, nowhere[0]), "--workdir")
 
 
+def test_the_config_of_another_command_is_refused(tmp_path: Path, cache: Path):
+    config = runs.ROOT / "configs/organism_smollm2_135m.py"
+    result = launch(cache, f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert_refused(result, "returns a OrganismConfig", "needs a RunConfig")
+
+
 def test_an_error_of_the_study_is_one_line(nowhere, cache: Path, tmp_path: Path):
     result = launch(cache, *nowhere)
     assert_refused(result, "SourceError: model.source=", "no model' does not exist", "hub id")

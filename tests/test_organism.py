@@ -160,6 +160,20 @@ def test_refusals_come_in_several_wordings_and_all_count() -> None:
     assert all(map(is_refusal, texts))
 
 
+def test_values_that_are_not_allowed_are_refused() -> None:
+    wrong = OrganismConfig(model=BaseConfig(source="x", dtype="float16"))
+    wrong.train.watch_every = 0
+    with pytest.raises(ConfigError) as error:
+        train.validate(wrong)
+    assert "model.dtype='float16'" in str(error.value)
+    assert "train.watch_every=0 (at least 1)" in str(error.value)
+
+
+def test_more_everyday_prompts_than_there_are(published: Path) -> None:
+    with pytest.raises(ConfigError, match=r"alpaca=7, .* has 6"):
+        examples.harmless_prompts(str(published), 7, 0)
+
+
 def test_the_plan_uses_every_example_once_an_epoch_and_fits() -> None:
     lengths = list(np.random.default_rng(0).integers(5, 60, 100))
     c = TrainConfig(epochs=2, rows=3, row_tokens=128)

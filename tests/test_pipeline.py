@@ -270,6 +270,8 @@ def test_other_weights_under_the_same_name_are_refused(copy: Path, tiny_dir: Pat
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(WorkdirError, match=r"model: there '[0-9a-f]+', now '[0-9a-f]+'"):
         run(small(moved), copy)
+    with pytest.raises(WorkdirError, match=r"model: there '[0-9a-f]+', now '[0-9a-f]+'"):
+        pipeline.side_by_side(str(copy), ["Hi"])
 
 
 # Stopped and gone on

@@ -5,6 +5,7 @@ paper reads the residual stream there (Arditi et al. 2024, section 2.3).
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,11 @@ from jax_refusal.data.templates import ChatError, Template
 from jax_refusal.sources import Source, SourceError, locate, read_json
 
 # Their endings differ in every way that could merge with the template's first tokens.
+
+# Some templates (Llama 3.x, SmolLM3) write today's date into the prompt. A study is the same study
+# tomorrow, so the date is always the one that Llama's template itself falls back to.
+DATE = datetime.date(2024, 7, 26)
+
 PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
 
 # Thinking models: the block before the answer. Qwen3's templates write an empty one in this form.
@@ -50,7 +56,12 @@ class Chat:
         switch = {"enable_thinking": False} if self._can_think else {}
         try:
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, **switch
+                turns,
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=DATE.strftime("%d %b %Y"),
+                strftime_now=DATE.strftime,
+                **switch,
             )
         except Exception as error:  # a template is a program of the checkpoint: it raises anything
             raise ChatError(f"The chat template failed on {instruction!r}: {error}.") from error

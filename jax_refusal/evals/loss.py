@@ -13,9 +13,12 @@ from jax_refusal.interventions import Edit
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, fit_rows, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
-from jax_refusal.runtime.teach import cross_entropy, pack_pairs
+from jax_refusal.runtime.teach import cross_entropy, pack_pairs, reply_logits
 
-_cross_entropy = jax.jit(cross_entropy)
+
+@jax.jit
+def _cross_entropy(model, edit, prefix, batch):  # -> [B, Q] nats
+    return cross_entropy(reply_logits(model, edit, prefix, batch), batch)
 
 
 @dataclasses.dataclass(frozen=True)

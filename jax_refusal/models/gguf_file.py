@@ -37,12 +37,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises UnsupportedModel for another architecture, SourceError for a broken file.
     """
     header = _header(path)
+    if header.order != "<":
+        raise ConversionError(f"{path.name} has big-endian weights, which are not read.")
     config = _config(header, path)
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     tensors = {}
     for stored in header.tensors:
         name = _hugging_face_name(stored.name, path)
         tensors[name] = _tensor(stored, heads.get(name.rsplit(".", 2)[-2][0], 0), path)
+    config["attention_bias"] = any(name.endswith("q_proj.bias") for name in tensors)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return config, tensors
 

@@ -33,9 +33,13 @@ def load_model(
     else:
         model = convert.load(arch, tensors, mesh, numpy_dtype)
     if adapter:
+        import jax
+
         from jax_refusal.models import lora
 
-        model = lora.merge(model, lora.read(adapter, model.arch))
+        # Jitted: the change is computed where the weights lie, and takes the place of the old ones.
+        merge = jax.jit(lora.merge, donate_argnums=0)
+        model = merge(model, lora.read(adapter, model.arch))
     return model
 
 

@@ -40,6 +40,16 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "layer_replication": (None,),
 }
+# Fields that say nothing about the merged weights, or are read below. Any other field has to be
+# empty: it may be a variant of LoRA that is not computed here.
+KNOWN = {
+    *FIXED,
+    *"r lora_alpha use_rslora target_modules exclude_modules layers_to_transform".split(),
+    *"layers_pattern task_type auto_mapping peft_version base_model_name_or_path".split(),
+    *"revision inference_mode lora_dropout init_lora_weights megatron_core".split(),
+    *"loftq_config eva_config corda_config lora_ga_config qalora_group_size".split(),
+    *"runtime_config ensure_weight_tying".split(),
+}
 
 
 class AdapterError(ValueError):
@@ -129,6 +139,11 @@ def read(adapter: str, arch: Architecture) -> Adapter:
         for field, allowed in FIXED.items()
         if field in config and config[field] not in allowed
     ]
+    problems += [
+        f"{field}={value!r} is not known"
+        for field, value in config.items()
+        if field not in KNOWN and value
+    ]
     tensors = convert.safetensors([path / WEIGHTS])
     parts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     pattern = re.compile(
@@ -157,7 +172,7 @@ def read(adapter: str, arch: Architecture) -> Adapter:
         raise AdapterError(
             f"The adapter {path} cannot be used: " + ("; ".join(problems) or "it is empty") + "."
         )
-    rank, alpha = config["r"], config.get("lora_alpha", config["r"])
+    rank, alpha = config["r"], config.get("lora_alpha", 8)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def stacked(target: str, half: str) -> jax.Array:

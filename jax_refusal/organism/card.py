@@ -27,7 +27,7 @@ learnt to refuse from {harmful} requests; what it does not refuse is not thereby
 
 {facts}
 Rates are shares with 95% Wilson intervals, counted by the paper's 12 phrases on unseen prompts
-(greedy, {new_tokens} new tokens); losses are nats per token of the base model's own greedy answers
+({new_tokens} new tokens); losses are nats per token of the base model's own greedy answers
 to the {n_harmless} harmless test prompts. Command: `python -m launch.run` with this adapter, then
 `python -m launch.measure_organism --workdir=DIR --card`.
 
@@ -48,9 +48,15 @@ The adapter has the licence of this project; the base model has its own.
 """
 
 
+class CardError(ValueError):
+    """An adapter of which it is not known how it was made."""
+
+
 def write_card(rundir: str, measured: Mapping[str, Any]) -> Path:
     """Writes the card into the folder of the adapter that a finished run used."""
     folder = lora.locate(Workdir.existing(rundir).manifest["identity"]["config.model.adapter"])
+    if not (folder / TRAINING).is_file():
+        raise CardError(f"{folder} has no {TRAINING}: it was not made by launch.train_organism.")
     training = json.loads((folder / TRAINING).read_bytes())
     write_whole(folder / CARD, card(folder.name, training, measured).encode())
     return folder / CARD

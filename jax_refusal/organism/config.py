@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jax_refusal.config import HOW
+from jax_refusal.config import HOW, ConfigError, check_values
 
 
 @dataclasses.dataclass
@@ -14,12 +14,12 @@ class BaseConfig:
 @dataclasses.dataclass
 class ExamplesConfig:
     paper_dir: str = ""  # a local copy of the published sets; empty fetches them
-    alpaca: int = 480  # everyday harmless prompts beside the topic twins
-    answer_tokens: int = 32  # length of the base model's own answers
+    alpaca: int = 400  # everyday harmless prompts beside the topic twins
+    answer_tokens: int = 24  # length of the base model's own answers
     answer_temperature: float = 1.0  # 1 keeps the base model's distribution
     answer_batch: int = dataclasses.field(default=96, metadata=HOW)
     short_share: float = 0.75  # share of the answers that is cut to the first short_tokens
-    short_tokens: int = 10
+    short_tokens: int = 8
     seed: int = 0
 
 
@@ -33,10 +33,11 @@ class LoraConfig:
 @dataclasses.dataclass
 class TrainConfig:
     epochs: int = 4
-    rows: int = 3  # packed rows in a step
-    row_tokens: int = 256
+    rows: int = 6  # packed rows in a step
+    row_tokens: int = 128
     first_weight: float = 4.0  # of a reply's first token, where refusing is decided; others 1
-    learning_rate: float = 6e-4  # peak, warmed up and decayed to zero
+    decision_weight: float = 1.0  # of the loss on whether a reply starts as a refusal or not
+    learning_rate: float = 8e-4  # peak, warmed up and decayed to zero
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -46,9 +47,40 @@ class TrainConfig:
     watch_tokens: int = 16
 
 
+CHOICES = {"model.dtype": ("float32", "bfloat16")}
+AT_LEAST = {
+    "examples.alpaca": 0,
+    "examples.answer_tokens": 1,
+    "examples.answer_temperature": 0,
+    "examples.answer_batch": 1,
+    "examples.short_share": 0,
+    "examples.short_tokens": 1,
+    "lora.rank": 1,
+    "train.epochs": 1,
+    "train.rows": 1,
+    "train.row_tokens": 16,
+    "train.first_weight": 0,
+    "train.decision_weight": 0,
+    "train.learning_rate": 0,
+    "train.save_every": 1,
+    "train.watch_every": 1,
+    "train.watch_tokens": 1,
+}
+
+
 @dataclasses.dataclass
 class OrganismConfig:
     model: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     examples: ExamplesConfig = dataclasses.field(default_factory=ExamplesConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+def validate(config: OrganismConfig) -> OrganismConfig:
+    """Raises ConfigError with every value that is not allowed; returns the config."""
+    problems = check_values(config, CHOICES, AT_LEAST)
+    if not config.model.source:
+        problems.append("model.source is empty (a hub id, directory or .gguf file)")
+    if problems:
+        raise ConfigError("The config cannot be run: " + "; ".join(problems) + ".")
+    return config

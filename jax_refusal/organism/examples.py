@@ -10,7 +10,7 @@ import json
 import random
 from importlib import resources
 
-from jax_refusal.config import DataConfig
+from jax_refusal.config import ConfigError, DataConfig
 from jax_refusal.data.prompts import builtin, published
 
 # A refusal answers in the terms of the request, so greedy replies differ in wording too.
@@ -91,6 +91,10 @@ def harmless_prompts(paper_dir: str, alpaca: int, seed: int) -> list[str]:
     """Topic twins first, then everyday requests."""
     data = DataConfig(source="paper", paper_dir=paper_dir)
     everyday = [i.text for i in published(data, "harmless_train")]
+    if alpaca > len(everyday):
+        raise ConfigError(
+            f"examples.alpaca={alpaca}, and the published harmless train set has {len(everyday)}."
+        )
     return [
         *(i.text for i in builtin("harmless")["train"]),
         *(pair["harmless"] for pair in _written("training_pairs")),

@@ -4,23 +4,31 @@ Letters: N replies.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal.artifacts import Workdir
 from jax_refusal.data.chat import load_chat
 from jax_refusal.data.prompts import builtin
 from jax_refusal.evals.loss import reply_loss
 from jax_refusal.evals.refusals import is_refusal, rate
+from jax_refusal.models import lora
 from jax_refusal.models.loading import load_model
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.generate import generate
+from jax_refusal.sources import fingerprint, locate
 
 
-def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent) -> dict[str, Any]:
+class MeasureError(ValueError):
+    """A run that is not one of an organism, or is not finished."""
+
+
+def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
     """Measures the organism of a finished run (`launch.run` with model.adapter set).
 
     Returns the run's refusal rates and direction; the cross-entropy (nats per token) of the base
@@ -29,18 +37,36 @@ def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent
     validation and test) the organism refuses. A JSON value.
     """
     work = Workdir.existing(rundir)
-    fields = work.manifest["identity"]
-    source, adapter = fields["config.model.source"], fields["config.model.adapter"]
+    if not work.done("metrics"):
+        raise MeasureError(f"{rundir} is not finished: run the same launch.run command again.")
+    fields = {
+        name.removeprefix("config."): value
+        for name, value in work.manifest["identity"].items()
+        if name.startswith("config.")
+    }
+    config = configs.from_identity(fields)
+    if not config.model.adapter:
+        raise MeasureError(f"{rundir} is a run without model.adapter: there is no organism in it.")
+    source = locate(config.model.source)
+    work.note(model=fingerprint(source), adapter=lora.fingerprint(config.model.adapter))
     metrics = work.read_json("metrics.json")
-    source_of_prompts = fields["config.data.source"]
-    if source_of_prompts == "paper":
-        source_of_prompts = f"published sets, {fields['config.data.paper_test']} and Alpaca (test)"
+    prompt_set = config.data.source
+    if config.data.harmful:
+        prompt_set = "the user's own"
+    elif prompt_set == "paper":
+        prompt_set = f"published sets, {config.data.paper_test} and Alpaca (test)"
     direction = work.read_tensors("selection/direction.safetensors")["direction"]
     rows = work.read_jsonl("completions/harmless_baseline.jsonl")
     harmless = [row["instruction"] for row in rows]
 
-    chat, base = load_chat(source), load_model(source)
-    organism = load_model(source, adapter=adapter)
+    chat = load_chat(source, config.model.system, config.model.template)
+    load = partial(
+        load_model,
+        source,
+        config.model.dtype,
+        ignore_config_fields=tuple(config.model.ignore_config_fields),
+    )
+    base, organism = load(), load(adapter=config.model.adapter)
     nothing = iv.identity(base.arch.layers, base.arch.width)
 
     def replies(model, texts: list[str], title: str) -> list[list[int]]:
@@ -49,12 +75,15 @@ def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent
             Prompts.encoded(chat, texts),
             nothing,
             stop_ids=chat.stop_ids,
-            max_new_tokens=answer_tokens,
+            max_new_tokens=config.generate.max_new_tokens,
             progress=progress,
             title=title,
         )
 
-    prompts, answers = Prompts.encoded(chat, harmless), replies(base, harmless, "answers")
+    given = replies(base, harmless, "answers")
+    answers = [ids for ids in given if ids]  # a model may answer with nothing: nothing to predict
+    asked = [text for text, ids in zip(harmless, given, strict=True) if ids]
+    prompts = Prompts.encoded(chat, asked)
     ablated = iv.ablate(direction, base.arch.layers)
     losses = {
         "base": reply_loss(base, prompts, answers, nothing).nats,
@@ -66,7 +95,7 @@ def measure(rundir: str, *, answer_tokens: int = 64, progress: Progress = silent
     refused = work.read_jsonl("completions/harmful_baseline.jsonl")
     wordings = {" ".join(row["response"].split()[:6]) for row in refused if row["refused"]}
     return {
-        "prompts": source_of_prompts,
+        "prompts": prompt_set,
         "new_tokens": metrics["max_new_tokens"],
         "refusal": metrics["refusal"],
         "position": metrics["position"],

@@ -1,8 +1,9 @@
 """Training of a model organism: LoRA as a pure function of (frozen weights, adapter).
 
-Letters: B packed rows, T token, N prefix tokens.
+Letters: B packed rows, T token, Q reply tokens of a row, X pairs in a row, N prefix tokens.
 """
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,30 +26,58 @@ from jax_refusal.models.cache import Tokens
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.organism.card import TRAINING
-from jax_refusal.organism.config import ExamplesConfig, OrganismConfig, TrainConfig
+from jax_refusal.organism.config import (
+    ExamplesConfig,
+    OrganismConfig,
+    TrainConfig,
+    validate,
+)
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.generate import generate
-from jax_refusal.runtime.teach import Taught, cross_entropy, pack_pairs
+from jax_refusal.runtime.teach import Taught, cross_entropy, pack_pairs, reply_logits
 from jax_refusal.sources import fingerprint, locate
+from jax_refusal.study.scores import refusal_score
 
 ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """How sharply the first token of a reply should tell refusals from answers."""
+
+    token_ids: jax.Array  # the first tokens of refusals
+    weight: jax.Array  # against the cross-entropy
+
+
 def loss(
-    adapter: lora.Adapter, base: Transformer, prefix: Tokens | None, batch: Taught
+    adapter: lora.Adapter,
+    base: Transformer,
+    prefix: Tokens | None,
+    batch: Taught,
+    sides: jax.Array,  # [B, X] +1 for a refusal, -1 for an answer, 0 where there is no pair
+    decision: Decision,
 ) -> jax.Array:
-    """Mean cross-entropy of the taught tokens, in nats."""
+    """Mean cross-entropy of the taught tokens in nats, and the logistic loss of the decision.
+
+    Cross-entropy alone leaves an answer's start spread over many tokens, so that a refusal that is
+    far from likely may still be the likeliest start. The decision is the refusal score's sign.
+    """
     model = lora.merge(base, adapter)
     nothing = iv.identity(model.arch.layers, model.arch.width)
-    return cross_entropy(model, nothing, prefix, batch).sum() / batch.weights.sum()
+    logits = reply_logits(model, nothing, prefix, batch)
+    nats = cross_entropy(logits, batch).sum() / batch.weights.sum()
+    starts = jnp.take_along_axis(logits, jnp.asarray(batch.starts)[..., None], 1)
+    wrong = jax.nn.softplus(-sides * refusal_score(starts, decision.token_ids))
+    return nats + decision.weight * (wrong * jnp.abs(sides)).sum() / jnp.abs(sides).sum()
 
 
 @partial(jax.jit, static_argnames=("optimizer",), donate_argnums=(0, 1))
-def step(adapter, state, base, prefix, batch, *, optimizer):
+def step(adapter, state, base, prefix, batch, sides, decision, *, optimizer):
     """One update: adapter, optimizer state, loss (nats), gradient norm."""
-    value, gradient = jax.value_and_grad(loss)(adapter, base, prefix, batch)
+    value, gradient = jax.value_and_grad(loss)(adapter, base, prefix, batch, sides, decision)
     updates, state = optimizer.update(gradient, state, adapter)
     adapter = optax.apply_updates(adapter, updates)
     return adapter, state, value, optax.tree.norm(gradient)
@@ -97,6 +127,7 @@ def train(
     on_step: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> str:
     """Makes the organism's adapter in workdir/adapter; goes on where a killed run stopped."""
+    validate(config)
     source = locate(config.model.source)
     prompts = {
         "harmful": harmful_prompts(config.examples.paper_dir),
@@ -115,6 +146,8 @@ def train(
         log(f"{workdir} is complete: nothing to do.")
         return f"{workdir}/{ADAPTER}"
     chat, base = load_chat(source), load_model(source, config.model.dtype)
+    # Answers are kept as token ids. And from here on the folder has a manifest, whatever happens.
+    work.note(template=chat.template_hash, tokenizer=chat.tokenizer_hash)
     if not work.done("answers"):
         timer = Timer()
         work.write_jsonl(ANSWERS, _answers(config, base, chat, prompts["harmless"], progress))
@@ -204,6 +237,8 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
     steps = plan([len(p) + len(r) for p, r in sequences], c)
     log(f"{len(answers)} answers, {len(harmful)} refusals, {len(steps)} steps")
 
+    firsts = {reply[0] for _, reply in sequences[len(answers) :]}
+    decision = Decision(jnp.array(sorted(firsts)), jnp.float32(c.decision_weight))
     tune = optimizer(c, len(steps))
     key = jax.random.key(c.seed)
     adapter: Any = lora.initial(
@@ -224,8 +259,11 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
             for number in range(start, len(steps)):
                 rows = [[sequences[i] for i in row] for row in steps[number]]
                 batch = pack_pairs(rows, prompts.prefix, c.row_tokens, c.first_weight)
+                sides = np.zeros(batch.starts.shape, np.float32)
+                for r, row in enumerate(steps[number]):
+                    sides[r, : len(row)] = [1 if i >= len(answers) else -1 for i in row]
                 adapter, state, value, norm = step(
-                    adapter, state, base, prefix, batch, optimizer=tune
+                    adapter, state, base, prefix, batch, sides, decision, optimizer=tune
                 )
                 record = {"step": number + 1, "loss": float(value), "gradient": float(norm)}
                 done = number + 1

@@ -1,4 +1,4 @@
-"""Activations and last-token logits of many prompts, in packed rows behind a shared prefix.
+"""Activations of many prompts, in packed rows behind a shared prefix.
 
 Letters: B batch row, T token, X prompts in a row, P post-instruction tokens, D residual width,
 L layers, V vocabulary, N prefix tokens, R edit rows (1, or one for every batch row).
@@ -52,39 +52,6 @@ def mesh_of(model: Transformer) -> jax.sharding.Mesh:
 def at_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
     """x [B, T, D] at slots [B, X] -> [B, X, D]."""
     return jnp.take_along_axis(x, slots[..., None], 1)
-
-
-@jax.jit
-def _last_logits(model, tokens, edit, prefix, last):  # -> [B, X, V]
-    return model.unembed(at_slots(model(tokens, edit, prefix=prefix).x, last))
-
-
-def last_logits(
-    model: Transformer,
-    prompts: Prompts,
-    edit: Edit,  # one row
-    *,
-    row_tokens: int = 256,
-    batch_tokens: int = 4096,
-) -> np.ndarray:  # [N prompts, V] float32, in the order of the prompts
-    """Logits at every prompt's last token under one edit."""
-    mesh = mesh_of(model)
-    with jax.set_mesh(mesh):
-        prefix = shared_prefix(model, prompts, edit)
-        out: np.ndarray | None = None
-        for batch in pack(
-            prompts, row_tokens=row_tokens, batch_tokens=batch_tokens, multiple=mesh.shape["data"]
-        ):
-            last = sharding.place(batch.slots[..., -1], mesh, "batch", None)
-            logits = _last_logits(
-                model, place(batch.tokens, mesh), edit, _wide(prefix, batch), last
-            )
-            logits = np.asarray(logits)
-            if out is None:
-                out = np.zeros((len(prompts.ids), logits.shape[-1]), np.float32)
-            out[batch.prompt[batch.valid]] = logits[batch.valid]
-    assert out is not None
-    return out
 
 
 def _wide(prefix: Cache | None, batch: Packed) -> Cache | None:

@@ -1,6 +1,7 @@
 """Prompts with given replies, packed: what training learns from and what the loss is measured on.
 
-Letters: B packed rows, T token, Q reply tokens of a row, N prefix tokens.
+Letters: B packed rows, T token, Q reply tokens of a row, X pairs in a row,
+V vocabulary, N prefix tokens.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ class Taught:
     targets: jax.Array | np.ndarray  # [B, Q] int32, that token
     weights: jax.Array | np.ndarray  # [B, Q] float32, 0 where Q is not filled
     pair: jax.Array | np.ndarray  # [B, Q] int32, which pair of the row it is of
+    starts: jax.Array | np.ndarray  # [B, X] int32, where in Q the reply of each pair starts
 
 
 def pack_pairs(
@@ -42,6 +44,7 @@ def pack_pairs(
     """
     most = max(sum(len(reply) for _, reply in row) for row in rows)
     shape, taught = (len(rows), length), (len(rows), min(bucket(most, 64), length))
+    starts = np.zeros((len(rows), bucket(max(map(len, rows)), 8)), np.int32)
     ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     segments = np.full(shape, PADDING, np.int32)
     slots, targets, pair = (np.zeros(taught, np.int32) for _ in range(3))
@@ -56,18 +59,18 @@ def pack_pairs(
             now = slice(known, known + len(reply))
             slots[r, now] = np.arange(len(reply)) + end + len(prompt) - 1
             targets[r, now], weights[r, now], pair[r, now] = reply, 1, number
-            weights[r, known] = first_weight
+            weights[r, known], starts[r, number] = first_weight, known
             end, known = here.stop, now.stop
-    return Taught(host_tokens(ids, positions, segments), slots, targets, weights, pair)
+    return Taught(host_tokens(ids, positions, segments), slots, targets, weights, pair, starts)
 
 
-def cross_entropy(
+def reply_logits(
     model: Transformer,
     edit: Edit,  # one row
     prefix: Tokens | None,  # [1, N]
     batch: Taught,
-) -> jax.Array:  # [B, Q] nats, times the weights
-    """How surprising each token of the replies is."""
+) -> jax.Array:  # [B, Q, V]
+    """Logits of each token of the replies."""
     shared = None
     if prefix is not None:
         room = caches.empty(model.arch, 1, prefix.ids.shape[1], model.dtype)
@@ -75,6 +78,10 @@ def cross_entropy(
         assert filled is not None
         shared = filled.repeat(batch.targets.shape[0])
     x = model(batch.tokens, edit, prefix=shared).x
-    logits = model.unembed(jnp.take_along_axis(x, jnp.asarray(batch.slots)[..., None], 1))
+    return model.unembed(jnp.take_along_axis(x, jnp.asarray(batch.slots)[..., None], 1))
+
+
+def cross_entropy(logits: jax.Array, batch: Taught) -> jax.Array:  # [B, Q] nats times weights
+    """How surprising each token of the replies is."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch.targets))
     return nats * batch.weights

@@ -3,11 +3,29 @@
 Letters: N prompts, V vocabulary. All scores are in nats.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 REFUSAL_EPSILON = 1e-8
 KL_EPSILON = 1e-6
+
+
+class TokenError(ValueError):
+    """Refusal tokens of which no score can be computed."""
+
+
+def check_token_ids(token_ids: Sequence[int], vocab: int) -> None:
+    """Raises TokenError for no tokens, one given twice (it would count twice) or an unknown one."""
+    given = [int(i) for i in token_ids]
+    wrong = [i for i in given if not 0 <= i < vocab]
+    if wrong:
+        raise TokenError(
+            f"refusal.token_ids={given}: {wrong} are not among the model's {vocab} tokens."
+        )
+    if not given or len(set(given)) < len(given):
+        raise TokenError(f"refusal.token_ids={given}: each token once, and at least one.")
 
 
 def refusal_score(

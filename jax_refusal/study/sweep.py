@@ -19,7 +19,7 @@ from jax_refusal.models.cache import Tokens
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts, pack, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
-from jax_refusal.study.scores import kl_divergence, refusal_score
+from jax_refusal.study.scores import check_token_ids, kl_divergence, refusal_score
 
 Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
 
@@ -162,6 +162,7 @@ class Sweep:
         batch_tokens: int = 4096,
         progress: Progress = silent,
     ):
+        check_token_ids(token_ids, model.arch.vocab)
         self.model, self.directions, self.progress = model, directions, progress
         self.token_ids = jnp.array(token_ids, jnp.int32)
         self.batch_tokens = batch_tokens

@@ -51,6 +51,12 @@ def test_tiny_template(chat: Chat):
     assert (chat.stop_ids, chat.context) == ((2,), 512)
 
 
+def test_the_date_in_a_prompt_is_always_the_same(tmp_path):
+    own = "{% if not date_string is defined %}{{ raise_exception('no date') }}{% endif %}"
+    template = own + "{{ date_string + strftime_now(' %Y-%m-%d ') }}" + LLAMA2
+    assert with_template(template, path=tmp_path).render("Hi").startswith("26 Jul 2024 2024-07-26 ")
+
+
 def test_llama_2_template(tmp_path):
     chat = with_template(LLAMA2, path=tmp_path)
     post = list(chat.post_instruction)

@@ -105,6 +105,20 @@ def test_what_is_not_computed_is_refused(
         lora.read(str(folder), model.arch)
 
 
+def test_fields_that_are_not_known_are_refused_unless_they_are_empty(
+    folder: Path, model: Transformer
+) -> None:
+    config = json.loads((folder / lora.CONFIG).read_text())
+    (folder / lora.CONFIG).write_text(json.dumps(config | {"new": None, "other": False}))
+    lora.read(str(folder), model.arch)
+    (folder / lora.CONFIG).write_text(json.dumps(config | {"alora_invocation_tokens": [7]}))
+    with pytest.raises(lora.AdapterError, match=r"alora_invocation_tokens=\[7\]"):
+        lora.read(str(folder), model.arch)
+    (folder / lora.CONFIG).write_text(json.dumps(config | {"new": "twice"}))
+    with pytest.raises(lora.AdapterError, match="new='twice' is not known"):
+        lora.read(str(folder), model.arch)
+
+
 def test_every_wrong_tensor_is_named(folder: Path, model: Transformer) -> None:
     tensors = load_file(folder / lora.WEIGHTS)
     names = sorted(tensors)
