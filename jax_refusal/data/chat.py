@@ -5,7 +5,6 @@ paper reads the residual stream there (Arditi et al. 2024, section 2.3).
 """
 
 import dataclasses
-import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -18,9 +17,10 @@ from jax_refusal.sources import Source, SourceError, locate, read_json
 
 # Their endings differ in every way that could merge with the template's first tokens.
 
-# Some templates (Llama 3.x, SmolLM3) write today's date into the prompt. A study is the same study
-# tomorrow, so the date is always the one that Llama's template itself falls back to.
-DATE = datetime.date(2024, 7, 26)
+# Llama 3.x writes today's date into the prompt. A study is the same study tomorrow, so the date is
+# always the one that its template itself falls back to. (A template that asks the clock and no
+# variable cannot be told; its rendered text is in the template's hash.)
+DATE = "26 Jul 2024"
 
 PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
 
@@ -59,8 +59,7 @@ class Chat:
                 turns,
                 tokenize=False,
                 add_generation_prompt=True,
-                date_string=DATE.strftime("%d %b %Y"),
-                strftime_now=DATE.strftime,
+                date_string=DATE,
                 **switch,
             )
         except Exception as error:  # a template is a program of the checkpoint: it raises anything
@@ -135,7 +134,7 @@ class Chat:
         if self.template is not None:
             parts: list[Any] = [*self.template.identity, self.system]
         else:
-            parts = [self.tokenizer.chat_template, self.system]
+            parts = [self.tokenizer.chat_template, self.system, self.render("INSTRUCTION")]
             parts += ["an empty think block"] * self._can_think
         text = "\n".join(map(str, parts))
         return hashlib.sha256(text.encode()).hexdigest()

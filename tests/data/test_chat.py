@@ -53,8 +53,16 @@ def test_tiny_template(chat: Chat):
 
 def test_the_date_in_a_prompt_is_always_the_same(tmp_path):
     own = "{% if not date_string is defined %}{{ raise_exception('no date') }}{% endif %}"
-    template = own + "{{ date_string + strftime_now(' %Y-%m-%d ') }}" + LLAMA2
-    assert with_template(template, path=tmp_path).render("Hi").startswith("26 Jul 2024 2024-07-26 ")
+    chat = with_template(own + "{{ date_string }}" + LLAMA2, path=tmp_path)
+    assert chat.render("Hi") == "26 Jul 2024[INST] Hi [/INST] "
+
+
+def test_another_day_is_another_template_where_the_template_asks_the_clock(tmp_path):
+    clock = with_template("{{ strftime_now('%H:%M:%S.%f') }}" + LLAMA2, path=tmp_path)
+    still = with_template(LLAMA2, path=tmp_path)
+    again = dataclasses.replace(clock), dataclasses.replace(still)
+    assert clock.template_hash != again[0].template_hash
+    assert still.template_hash == again[1].template_hash
 
 
 def test_llama_2_template(tmp_path):
