@@ -96,11 +96,10 @@ def load(
 
 def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor there, of the right shape, and none left over."""
-    expected = {
-        name: names.full_sizes(arch, row.name)
-        for row in rows(arch)
-        for _, name in _each(arch, row, transformer.shape(arch, names.numbered(arch, row)))
-    }
+    expected: dict[str, tuple[int, ...]] = {}
+    for row in rows(arch):
+        size, count = names.full_sizes(arch, row.name), names.counts(arch, row)
+        expected |= {name: size for _, name in _each(arch, row, count)}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name in expected:
@@ -134,8 +133,7 @@ def to_hugging_face(model: transformer.Transformer) -> Iterator[tuple[str, np.nd
             continue
         done.add(row.name)
         fused = names.parts(arch, row.name)
-        count = transformer.shape(arch, names.numbered(arch, row))
-        for index, name in _each(arch, row, count):
+        for index, name in _each(arch, row, names.counts(arch, row)):
             pieces = [_stored(arch, leaves, part, index) for part in fused]
             yield name, np.concatenate(pieces, names.along(row))
 
@@ -151,11 +149,11 @@ def _stored(
 
 
 def _each(
-    arch: Architecture, row: Row, count: tuple[int, ...] | list[range]
+    arch: Architecture, row: Row, count: list[range]
 ) -> Iterator[tuple[tuple[int, ...], str]]:
     """The numbers that a row's name counts, and its name with them."""
     axes = names.numbered(arch, row)
-    for index in itertools.product(*(range(n) if isinstance(n, int) else n for n in count)):
+    for index in itertools.product(*count):
         numbers = dict(zip((NUMBERS[axis] for axis in axes), index, strict=True))
         yield index, row.name.format(**numbers)
 
@@ -173,34 +171,30 @@ def _read(
     wanted = dict(zip(logical, ranges, strict=True))
     counted = names.numbered(arch, row)
     own = logical[len(counted) :]
-    begin = names.offset(arch, row)
-    blocks = []
-    for _, name in _each(arch, row, [wanted[axis] for axis in counted]):
-        slices = []
-        for dimension, (first, *rest) in enumerate(row.layout):
-            inner = math.prod(transformer.shape(arch, rest))
-            shift = begin if dimension == names.along(row) else 0
-            start, stop = wanted[first].start * inner, wanted[first].stop * inner
-            slices.append(slice(shift + start, shift + stop))
+    # What to read of each tensor: of a dimension that holds several axes, a run of the first.
+    begin, slices = names.offset(arch, row), []
+    for dimension, (first, *rest) in enumerate(row.layout):
+        inner = math.prod(transformer.shape(arch, rest))
+        shift = begin if dimension == names.along(row) else 0
+        start, stop = wanted[first].start * inner, wanted[first].stop * inner
+        slices.append(slice(shift + start, shift + stop))
+    axes = [axis for group in row.layout for axis in group]
+    firsts = {group[0] for group in row.layout}
+    sizes = [len(wanted[a]) if a in firsts else transformer.shape(arch, [a])[0] for a in axes]
+    order = [axes.index(axis) for axis in own]
+    others = tuple(
+        slice(None) if a in firsts else slice(wanted[a].start, wanted[a].stop) for a in own
+    )
+    # Filled tensor by tensor: a list of them and its stack would be two copies.
+    leaf = np.empty([len(wanted[axis]) for axis in logical], dtype)
+    places = itertools.product(*(range(len(wanted[axis])) for axis in counted))
+    numbers = _each(arch, row, [wanted[axis] for axis in counted])
+    for place, (_, name) in zip(places, numbers, strict=True):
         block = tensors[name][tuple(slices)].astype(dtype)
         if not np.isfinite(block.astype(np.float32) if dtype != np.float32 else block).all():
             broken.append(name)
-        axes = [axis for group in row.layout for axis in group]
-        firsts = {group[0] for group in row.layout}
-        block = block.reshape(
-            [len(wanted[a]) if a in firsts else transformer.shape(arch, [a])[0] for a in axes]
-        ).transpose([axes.index(axis) for axis in own])
-        blocks.append(
-            block[
-                tuple(
-                    slice(None) if a in firsts else slice(wanted[a].start, wanted[a].stop)
-                    for a in own
-                )
-            ]
-        )
-    if not counted:
-        return np.ascontiguousarray(blocks[0])
-    return np.stack(blocks).reshape([len(wanted[a]) for a in logical])
+        leaf[place] = block.reshape(sizes).transpose(order)[others]
+    return leaf
 
 
 def numpy_dtype(name: str) -> np.dtype:

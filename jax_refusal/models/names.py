@@ -194,6 +194,11 @@ def numbered(arch: Architecture, row: Row) -> list[str]:
     return [axis for axis in axes if f"{{{NUMBERS.get(axis)}}}" in row.name]
 
 
+def counts(arch: Architecture, row: Row) -> list[range]:
+    """The numbers along each of those axes."""
+    return [range(size) for size in transformer.shape(arch, numbered(arch, row))]
+
+
 Stored = TypeVar("Stored")
 
 
