@@ -11,9 +11,9 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -138,8 +138,8 @@ class _Reader:
             del stack[len(stack) - count :]
             return values
 
-        instructions: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickle)
-        for opcode, value, _ in instructions:
+        for opcode, argument, _ in pickletools.genops(pickle):
+            value = cast(Any, argument)
             name = opcode.name
             if name in ("PROTO", "FRAME"):
                 continue

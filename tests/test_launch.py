@@ -9,6 +9,7 @@ import pytest
 
 from jax_refusal import config as configs
 from jax_refusal.config import RunConfig
+from jax_refusal.data import templates
 from jax_refusal.organism.config import OrganismConfig
 from tests import runs
 from tests.runs import ROOT, STAGES, launch
@@ -139,3 +140,23 @@ def test_every_config_that_ships_is_valid(path: Path):
     else:
         assert isinstance(config, RunConfig)
         assert configs.validate(config) is config
+        if config.model.template:
+            assert templates.find(config.model.template).name == config.model.template
+
+
+def test_the_13_models_of_the_paper_have_a_config():
+    """Each with its family's template; the numbers to expect are said to be the paper's."""
+    found = {}
+    for path in CONFIGS:
+        text = path.read_text()
+        if "as the paper ran it" in text:
+            assert "the paper's tables 5 and 7" in text and "not reproduced here yet" in text
+            found.setdefault(text.split('template="')[1].split('"')[0], []).append(path.stem)
+    sizes = {name: len(paths) for name, paths in found.items()}
+    assert sizes == {
+        "paper/qwen": 4,
+        "paper/yi": 2,
+        "paper/gemma": 2,
+        "paper/llama-2": 3,
+        "paper/llama-3@published": 2,
+    }
