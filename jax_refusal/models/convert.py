@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -119,23 +120,34 @@ def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def to_hugging_face(model: transformer.Transformer) -> Iterator[tuple[str, np.ndarray]]:
+def stored(model: transformer.Transformer) -> dict[str, Tensor]:
     """The model's tensors under Hugging Face's names, in its layout, in the model's dtype.
 
-    One at a time, so that a model larger than the host's memory can be written shard by shard. A
-    tied head has no tensor of its own. A text model out of a multimodal checkpoint is named as a
-    text model (`model_type` of its `text_config`). Loading what this yields gives the same bits.
+    Each is brought to the host when it is read, so that a model larger than the host's memory can
+    be written shard by shard. A tied head has no tensor of its own. A text model out of a
+    multimodal checkpoint is named as a text model (`model_type` of its `text_config`). Loading
+    these tensors gives the same bits.
     """
     arch, leaves = model.arch, model.leaves()
-    done = set()
+    found: dict[str, Tensor] = {}
     for row in rows(arch):
-        if row.name in done:
-            continue
-        done.add(row.name)
         fused = names.parts(arch, row.name)
-        for index, name in _each(arch, row, names.counts(arch, row)):
+        if row != fused[0]:
+            continue  # with the first part of its tensor
+
+        def read(slices, index, fused=fused):
             pieces = [_stored(arch, leaves, part, index) for part in fused]
-            yield name, np.concatenate(pieces, names.along(row))
+            return np.concatenate(pieces, names.along(fused[0]))[slices]
+
+        for index, name in _each(arch, row, names.counts(arch, row)):
+            found[name] = Tensor(names.full_sizes(arch, row.name), partial(read, index=index))
+    return found
+
+
+def to_hugging_face(model: transformer.Transformer) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of `stored`, read one at a time."""
+    for name, tensor in stored(model).items():
+        yield name, tensor[(slice(None),) * len(tensor.shape)]
 
 
 def _stored(

@@ -7,14 +7,12 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jax_refusal.models import convert, transformer
+from jax_refusal.models import convert
 from jax_refusal.models.convert import Tensor
 from jax_refusal.models.families import Architecture, UnsupportedModel, architecture
 from jax_refusal.models.transformer import Transformer
@@ -42,21 +40,6 @@ BESIDE = (
 
 class ExportError(ValueError):
     """A model that the asked-for format cannot hold; the message says why."""
-
-
-def tensors(model: Transformer) -> dict[str, Tensor]:
-    """The model's tensors by their Hugging Face names, each brought to the host when it is read."""
-    leaves, found = model.leaves(), {}
-    for name, path, layout in convert.rows(model.arch):
-        logical = transformer.axes(model.arch)[path]
-        shape = tuple(math.prod(transformer.shape(model.arch, group)) for group in layout)
-        stacked = logical[0] == "layers"
-        own = logical[1:] if stacked else logical
-        order = [own.index(axis) for group in layout for axis in group]
-        for layer in range(model.arch.layers) if stacked else [None]:
-            read = partial(_read, leaves[path], layer, order, shape)
-            found[name.format(layer=layer)] = Tensor(shape, read)
-    return found
 
 
 def config(
@@ -100,7 +83,7 @@ def write_hugging_face(
 
     write_json(folder / "config.json", config(model.arch, original, dtype, ignore))
     wanted = convert.numpy_dtype(dtype)
-    found = tensors(model)
+    found = convert.stored(model)
     shards = list(_shards(found, wanted.itemsize, shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -160,17 +143,6 @@ def write_control_vector(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _read(
-    leaf: jax.Array,
-    layer: int | None,
-    order: list[int],  # of the leaf's axes in the Hugging Face tensor
-    shape: tuple[int, ...],
-    slices: tuple[slice, ...],
-) -> np.ndarray:
-    whole = np.asarray(leaf if layer is None else leaf[layer])
-    return whole.transpose(order).reshape(shape)[slices]
 
 
 def _shards(found: Mapping[str, Tensor], itemsize: int, most: int) -> Iterator[list[str]]:

@@ -23,11 +23,20 @@ from jax_refusal.models.transformer import Transformer
 from jax_refusal.study.directions import check_width
 
 # Leaves that write to the residual stream: their last axis is the stream.
-WRITERS = frozenset({"embed", "blocks.o", "blocks.o_bias", "blocks.down", "blocks.down_bias"})
+WRITERS = frozenset(
+    {
+        "embed",
+        "blocks.o",
+        "blocks.o_bias",
+        "blocks.down",
+        "blocks.down_bias",
+        "blocks.expert_down",  # of every expert
+    }
+)
 # Leaves of that shape that write nothing: gains of norms in front of a block or of the head.
 READERS = frozenset({"blocks.attn_norm", "blocks.mlp_norm", "final_norm"})
 # Gains of norms between a write and the stream, where a projection of the weights is not exact.
-POST_NORMS: frozenset[str] = frozenset()
+POST_NORMS = frozenset({"blocks.attn_post_norm", "blocks.mlp_post_norm"})
 # Families whose Hugging Face config has `mlp_bias`, so that a bias baked in can be stored.
 MLP_BIAS_FAMILIES = frozenset({"llama"})
 
@@ -128,6 +137,11 @@ def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adap
     arch = model.arch
     edited = writers(arch)
     _check_exact(arch, approximate=False)
+    if arch.experts:
+        raise WeightEditError(
+            f"A LoRA adapter has no place for the experts of this {arch.family} model: write the "
+            "whole model (--to=hf) instead."
+        )
     unit = unit_vector(check_width(np.asarray(direction), arch.width, "The direction"))
     a, b, leaves = {}, {}, model.leaves()
     for name, path, layout in convert.rows(arch):

@@ -79,8 +79,8 @@ def test_shards_and_their_index(tiny_dir: Path, model: Transformer, tmp_path: Pa
 def test_tensors_fit_the_table_they_came_from(checkpoint: Checkpoint):
     for fields in CONFIGS.values():
         model = jr.load_model(str(checkpoint(**fields)))
-        convert.check(model.arch, export.tensors(model))
-        one = export.tensors(model)["model.layers.1.self_attn.o_proj.weight"]
+        convert.check(model.arch, convert.stored(model))
+        one = convert.stored(model)["model.layers.1.self_attn.o_proj.weight"]
         whole = one[(slice(None), slice(None))]
         np.testing.assert_array_equal(one[(slice(3, 5), slice(1, 2))], whole[3:5, 1:2])
 

@@ -27,6 +27,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tied_biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "head_width": {"head_dim": 24},
     "mistral_window": {"architecture": "mistral", "sliding_window": 7},
+    "qwen2_tied": {"architecture": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"architecture": "qwen3"},
+    "gemma": {"architecture": "gemma"},
+    "phi3": {"architecture": "phi3"},
+    "smollm3": {"architecture": "smollm3", "no_rope_layer_interval": 2},
+    "mixtral": {"architecture": "mixtral"},
+    "qwen3_moe": {"architecture": "qwen3_moe", "norm_topk_prob": True},
 }
 Checkpoint = Callable[..., Path]
 
@@ -71,6 +78,22 @@ def test_nothing_is_written_along_the_direction(name: str, checkpoint: Checkpoin
     untouched = set(model.leaves()) - set(weights.writers(model.arch))
     for path in untouched:
         np.testing.assert_array_equal(edited.leaves()[path], model.leaves()[path], err_msg=path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+def test_families_with_post_norms_are_refused_unless_asked_for(family: str, checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(architecture=family)))
+    with pytest.raises(WeightEditError, match=r"attn_post_norm.*approximate=True"):
+        orthogonalize(model, direction())
+    nearly = orthogonalize(model, direction(), approximate=True)
+    exact = jr.logits(model, ids(model), edit=jr.ablate(direction(), L))
+    assert 0 < largest(jr.logits(nearly, ids(model)) - exact)
+
+
+def test_experts_have_no_place_in_an_adapter(checkpoint: Checkpoint):
+    model = jr.load_model(str(checkpoint(architecture="mixtral")))
+    with pytest.raises(WeightEditError, match="no place for the experts"):
+        weights.rank_one(model, direction())
 
 
 def test_the_given_model_stays_as_it_is(model: Transformer):
@@ -126,7 +149,7 @@ def test_sharded_leaves_stay_sharded(name: str, checkpoint: Checkpoint):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_leaf_that_ends_in_the_stream_is_known(name: str, checkpoint: Checkpoint):
     arch = jr.load_model(str(checkpoint(**CONFIGS[name]))).arch
-    expected = {"embed", "blocks.o", "blocks.down"}
+    expected = {"embed", "blocks.o", "blocks.expert_down" if arch.experts else "blocks.down"}
     if "biases" in name:
         expected |= {"blocks.o_bias", "blocks.down_bias"}
     assert set(weights.writers(arch)) == expected
@@ -135,7 +158,7 @@ def test_every_leaf_that_ends_in_the_stream_is_known(name: str, checkpoint: Chec
 @pytest.mark.parametrize(
     ("leaf", "logical"),
     [
-        ("blocks.expert_down", ("layers", "experts", "mlp", "embed")),
+        ("blocks.shared_down", ("layers", "experts", "mlp", "embed")),
         ("blocks.side_bias", ("layers", "embed")),
         ("position", ("context", "embed")),
     ],
