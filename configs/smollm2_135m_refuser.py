@@ -1,11 +1,10 @@
-"""SmolLM2-135M-Instruct, the chat model that comes inside a Python package: the demo.
+"""SmolLM2-135M-Instruct, taught to refuse by the adapter that ships with this project: the demo.
 
 What: the whole study on two CPU cores, from 64 + 64 training prompts of the builtin set.
 Command: python -m launch.run --config=configs/smollm2_135m_refuser.py --workdir=runs/demo
-Expect: a few minutes; 0 to 10% refused whatever the edit. SmolLM2 was not trained to refuse, so no
-candidate passes the paper's thresholds and the nearest one is taken (selection.fallback). With an
-adapter that teaches it to refuse (launch.train_organism), set model.adapter, data.filter=True and
-selection.fallback="error".
+Expect: a few minutes; see the README's table. The KL threshold is 0.15 nat and not the paper's 0.1,
+which this small model's refusal direction just misses. Without the adapter (--config.model.adapter=)
+SmolLM2 hardly refuses, and --config.data.filter=False is needed to go on.
 """
 
 from jax_refusal.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, SelectionConfig
@@ -14,8 +13,8 @@ from jax_refusal.sources import SMOLLM2
 
 def get_config() -> RunConfig:
     return RunConfig(
-        model=ModelConfig(source=SMOLLM2),
-        data=DataConfig(source="builtin", n_train=64, n_val=16, n_test=32, filter=False),
-        selection=SelectionConfig(fallback="least_bad"),
+        model=ModelConfig(source=SMOLLM2, adapter="builtin:smollm2_135m_refuser"),
+        data=DataConfig(source="builtin", n_train=64, n_val=16, n_test=32),
+        selection=SelectionConfig(kl_threshold=0.15, fallback="least_bad"),
         generate=GenerateConfig(max_new_tokens=64),
     )

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal.models import lora
+from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.sources import SMOLLM2, locate
 from tests import tiny, tolerances
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -137,3 +139,13 @@ def test_missing_adapters_are_named(tmp_path: Path, model: Transformer) -> None:
         lora.read(str(tmp_path), model.arch)
     with pytest.raises(lora.AdapterError, match="builtin are"):
         lora.read("builtin:nothing", model.arch)
+
+
+def test_the_adapter_that_ships_fits_its_model_and_has_its_card() -> None:
+    folder = lora.locate("builtin:smollm2_135m_refuser")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000_000
+    adapter = lora.read(str(folder), read_checkpoint(locate(SMOLLM2))[0])
+    assert all(np.isfinite(x).all() for x in (*adapter.a.values(), *adapter.b.values()))
+    training = json.loads((folder / "training.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert training["config_hash"][:12] in card and "95% Wilson" in card
