@@ -119,6 +119,7 @@ def test_the_card_says_what_was_measured() -> None:
         "position": -1,
         "layer": 20,
         "scores": {"bypass": -3.0, "induce": 1.25, "kl": 0.0625},
+        "thresholds": {"kl": 0.1, "induce": 0.0},
         "candidates_that_pass": 7,
         "loss_on_base_answers": {
             "base": 0.5,

@@ -67,6 +67,7 @@ def card(name: str, training: Mapping[str, Any], measured: Mapping[str, Any]) ->
     """Markdown from `training.json` and what `measure` returns."""
     config, losses = training["config"], measured["loss_on_base_answers"]
     refusal, scores = measured["refusal"], measured["scores"]
+    limits = measured["thresholds"]
     ablated = losses["organism, direction ablated"] - losses["organism"]
     rows = [
         (f"{title} refused", share(refusal[condition]))
@@ -86,7 +87,8 @@ def card(name: str, training: Mapping[str, Any], measured: Mapping[str, Any]) ->
         f"Prompts: {measured['prompts']}. Direction: position {measured['position']}, layer "
         f"{measured['layer']} of {training['layers']}; bypass {scores['bypass']:.2f}, induce "
         f"{scores['induce']:.2f}, KL {scores['kl']:.3f} nat; {measured['candidates_that_pass']} "
-        "candidates pass the\npaper's thresholds. The refusals begin in "
+        f"candidates pass\nKL <= {limits['kl']:g} (the paper: 0.1) and induce >= "
+        f"{limits['induce']:g}. The refusals begin in "
         f"{measured['different_refusals']} different ways.\n"
     )
     return TEXT.format(

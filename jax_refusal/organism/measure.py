@@ -101,6 +101,7 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
         "position": metrics["position"],
         "layer": metrics["layer"],
         "scores": {k: metrics[k] for k in ("bypass", "induce", "kl")},
+        "thresholds": metrics["thresholds"],
         "candidates_that_pass": metrics["kept"],
         "loss_on_base_answers": losses,
         "loss_tokens": int(np.sum([len(a) for a in answers])),
