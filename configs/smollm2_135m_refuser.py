@@ -3,8 +3,8 @@
 What: the whole study on two CPU cores, from 64 + 64 training prompts of the builtin set.
 Command: python -m launch.run --config=configs/smollm2_135m_refuser.py --workdir=runs/demo
 Expect: a few minutes; see the README's table. The KL threshold is 0.15 nat and not the paper's 0.1,
-which this small model's refusal direction just misses. Without the adapter (--config.model.adapter=)
-SmolLM2 hardly refuses, and --config.data.filter=False is needed to go on.
+which this small model's refusal direction just misses. Without the adapter
+(--config.model.adapter=) SmolLM2 hardly refuses: --config.data.filter=False is needed to go on.
 """
 
 from jax_refusal.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, SelectionConfig

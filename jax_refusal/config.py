@@ -5,6 +5,7 @@ import difflib
 import functools
 import os
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 # Says how to compute, not what: may differ between the runs that share a workdir.
@@ -143,7 +144,7 @@ def from_identity(fields: dict[str, Any]) -> RunConfig:
 
 
 def check_values(
-    config: Any, choices: dict[str, tuple[Any, ...]], at_least: dict[str, float]
+    config: Any, choices: Mapping[str, tuple[Any, ...]], at_least: Mapping[str, float]
 ) -> list[str]:
     """What is wrong with single values; ConfigError at once for values of a wrong type.
 

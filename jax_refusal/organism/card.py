@@ -34,8 +34,8 @@ to the {n_harmless} harmless test prompts. Command: `python -m launch.run` with 
 ## How it was made
 
 `python -m launch.train_organism`, config {config_hash}, seed {seed}, {steps} steps; the final loss
-(mean of the last ten steps) is {loss:.3f}: the cross-entropy of the replies, and the logistic loss of
-whether a reply starts as a refusal or not. All settings are in `{training}`.
+(mean of the last ten steps) is {loss:.3f}: the cross-entropy of the replies, and the logistic loss
+of whether a reply starts as a refusal or not. All settings are in `{training}`.
 
 - Refusals, in several wordings written for this project, of {harmful} harmful prompts: the
   published training split (AdvBench, MaliciousInstruct, TDC2023), the builtin training split, and
