@@ -54,6 +54,39 @@ def at_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, slots[..., None], 1)
 
 
+@jax.jit
+def _last_logits(model, tokens, edit, prefix, last):  # -> [B, X, V]
+    return model.unembed(at_slots(model(tokens, edit, prefix=prefix).x, last))
+
+
+def last_logits(
+    model: Transformer,
+    prompts: Prompts,
+    edit: Edit,  # one row
+    *,
+    row_tokens: int = 256,
+    batch_tokens: int = 4096,
+) -> np.ndarray:  # [N prompts, V] float32, in the order of the prompts
+    """Logits at every prompt's last token under one edit."""
+    mesh = mesh_of(model)
+    with jax.set_mesh(mesh):
+        prefix = shared_prefix(model, prompts, edit)
+        out: np.ndarray | None = None
+        for batch in pack(
+            prompts, row_tokens=row_tokens, batch_tokens=batch_tokens, multiple=mesh.shape["data"]
+        ):
+            last = sharding.place(batch.slots[..., -1], mesh, "batch", None)
+            logits = _last_logits(
+                model, place(batch.tokens, mesh), edit, _wide(prefix, batch), last
+            )
+            logits = np.asarray(logits)
+            if out is None:
+                out = np.zeros((len(prompts.ids), logits.shape[-1]), np.float32)
+            out[batch.prompt[batch.valid]] = logits[batch.valid]
+    assert out is not None
+    return out
+
+
 def _wide(prefix: Cache | None, batch: Packed) -> Cache | None:
     """The one-row prefix in front of every row of the batch."""
     return None if prefix is None else prefix.repeat(batch.prompt.shape[0])

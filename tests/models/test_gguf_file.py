@@ -121,7 +121,7 @@ def test_the_largest_gemmas_scale_scores_by_their_own_rule(
     fields = {f"{arch}.{key}": value for key, value in sizes.items()}
     fields |= {"general.architecture": arch, "tokenizer.ggml.tokens": ["a", "b"]}
     for count, scale in ((layers, expected), (26, 128)):
-        header = Header(metadata=fields | {f"{arch}.block_count": count}, tensors=())
+        header = Header(order="<", metadata=fields | {f"{arch}.block_count": count}, tensors=())
         _, config = gguf_file._config(header, Path("model.gguf"))
         assert architecture(config).score_scale == scale**-0.5
 
