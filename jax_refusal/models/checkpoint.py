@@ -4,6 +4,7 @@ A directory like a Hugging Face one, with `orbax/` in place of the safetensors f
 reads the parts of it that its devices hold, without transposing anything.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
+from jax_refusal.artifacts import write_whole
 from jax_refusal.models import transformer
 from jax_refusal.models.convert import ConversionError
 from jax_refusal.models.families import Architecture
@@ -20,17 +22,49 @@ from jax_refusal.models.transformer import Transformer
 
 
 def save(model: Transformer, folder: Path) -> None:
-    """Writes the leaves to a folder that does not exist yet."""
+    """Writes the leaves to a folder that does not exist yet, and beside it which files it holds."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), model.leaves())
+    write_whole(_listing(folder), json.dumps(_sizes(folder), indent=2).encode() + b"\n")
+
+
+def _listing(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.files.json")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ConversionError for a file that is lost or cut short.
+
+    Orbax would find out in the middle of many reads, and leave the others behind unawaited.
+    """
+    try:
+        listed = json.loads(_listing(folder).read_bytes())
+    except (OSError, ValueError):
+        raise ConversionError(
+            f"{_listing(folder)} is missing or damaged, so {folder} cannot be checked. Convert the "
+            "model again."
+        ) from None
+    there = _sizes(folder)
+    lost = [name for name, size in listed.items() if there.get(name) != size]
+    if lost:
+        raise ConversionError(
+            f"{folder} is damaged: {lost[:5]} missing or of another size. Convert the model again."
+        )
 
 
 def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Transformer:
     """The model on the mesh; ConversionError where the leaves are not those of the architecture."""
     import orbax.checkpoint as ocp
 
+    _check_files(folder)
     target = {}
     for path, logical in transformer.axes(arch).items():
         shape = transformer.shape(arch, logical)
