@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -55,21 +56,41 @@ def start(
         keep_compiled_programs()
         main(rest)
 
+    interrupted = interrupts()
     try:
         app.run(guarded, argv=arguments, flags_parser=parsed)
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted. What was complete is kept: the same command goes on from there.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    except (ValueError, flags.Error) as error:
+    except BaseException as error:
+        if interrupted or isinstance(error, KeyboardInterrupt):
+            print(
+                "\nInterrupted. What was complete is kept: the same command goes on from there.",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+        if not isinstance(error, ValueError | flags.Error):
+            raise
         # The project's own errors say what to do; a trace would bury it.
         own = type(error).__module__.startswith("jax_refusal")
         if not own and not isinstance(error, flags.Error):
             raise
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def interrupts() -> list[int]:
+    """The signals of Ctrl-C from now on, as they come; each is still raised as KeyboardInterrupt.
+
+    Code in C that is interrupted while it calls back may raise an error of its own instead, such
+    as a SystemError: an error after Ctrl-C is an interruption whatever its type.
+    """
+    come: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        come.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup's choice stands
+        signal.signal(signal.SIGINT, note)
+    return come
 
 
 def settings(config_flag: flags.FlagHolder, schema: type | None = None) -> Any:

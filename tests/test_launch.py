@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,32 @@ def test_interrupted_gone_on_and_done(tiny_dir: Path, tmp_path: Path, cache: Pat
     again = launch(cache, *flags)
     assert (again.returncode, again.stdout) == (0, result.stdout)
     assert f"{workdir} is complete: nothing to do." in again.stderr
+
+
+def test_an_error_that_hides_an_interrupt_is_an_interrupt(tmp_path: Path):
+    """As code in C makes of one that comes while it calls back."""
+    script = tmp_path / "entry.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from launch import common\n\n\n"
+        "def main(_):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        signal.pause()\n"
+        "    except KeyboardInterrupt as stop:\n"
+        "        raise SystemError('returned a result with an exception set') from stop\n\n\n"
+        "common.start(main, sys.argv)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 130, result.stderr
+    assert "Interrupted." in result.stderr and "Traceback" not in result.stderr
 
 
 def test_an_unknown_field_is_refused_with_suggestions(nowhere, cache: Path):
