@@ -154,7 +154,7 @@ def test_a_damaged_orbax_folder(tiny_dir: Path, model: Transformer, tmp_path: Pa
     for path in (folder / "orbax").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ConversionError, match="is damaged: .*_METADATA.* of another size"):
+    with pytest.raises(ConversionError, match=r"is damaged: .*_METADATA.* of another size"):
         jr.load_model(str(folder))
     listing = folder / "orbax.files.json"
     listing.write_text(json.dumps(dict.fromkeys(json.loads(listing.read_text()), 0)))
