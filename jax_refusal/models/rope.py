@@ -87,28 +87,35 @@ def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> flo
     return scale(one) / scale(every) if one and every else scale(1.0)
 
 
-def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2], radians per token
-    """Rotary frequencies with the scaling of their kind; zeros, which turn nothing, for "none"."""
-    channels = np.arange(0, width, 2, dtype=np.float64)
-    plain = 1.0 / rope.base ** (channels / width)
+def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radians per token
+    """Rotary frequencies with the scaling of their kind; zeros, which turn nothing, for "none".
+
+    In float32 and rounded where Hugging Face rounds: far into a prompt the last digit of a
+    frequency is many last digits of an angle.
+    """
+    channels = np.arange(0, width, 2, dtype=np.float32)
+    powers = np.power(np.float32(rope.base), channels / np.float32(width))
+    plain = 1 / powers
     if rope.kind == "none":
-        plain = np.zeros_like(plain)
-    elif rope.kind == "linear":
-        plain = plain / rope.factor
-    elif rope.kind == "longrope":
+        return np.zeros_like(plain)
+    if rope.kind == "linear":
+        return plain / np.float32(rope.factor)
+    if rope.kind == "longrope":
         if len(rope.short_factor) != len(plain):
             raise UnsupportedModel(
                 f"rope type 'longrope': short_factor has {len(rope.short_factor)} numbers for "
                 f"{len(plain)} frequencies."
             )
-        plain = plain / np.array(rope.short_factor)
-    elif rope.kind == "llama3":
+        return 1 / (np.array(rope.short_factor, np.float32) * powers)
+    factor = np.float32(rope.factor)
+    if rope.kind == "llama3":
         # Wavelengths (tokens per turn) beyond the original context are stretched by `factor`,
         # those well inside it are kept, and those between are blended.
-        turns = rope.original_context * plain / (2 * np.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        plain = _blend(plain, np.clip(blend, 0.0, 1.0), rope.factor)
-    elif rope.kind == "yarn":
+        turns = np.float32(rope.original_context) / (np.float32(2 * math.pi) / plain)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        keep = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+        return (1 - keep) * plain / factor + keep * plain
+    if rope.kind == "yarn":
         # The same idea with a ramp over channels, between those that make `beta_fast` and
         # `beta_slow` turns within the original context.
         def channel(turns: float) -> float:
@@ -120,10 +127,7 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2], radians per t
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         high = high + 0.001 if low == high else high  # the library's own guard
-        ramp = np.clip((channels / 2 - low) / (high - low), 0.0, 1.0)
-        plain = _blend(plain, 1 - ramp, rope.factor)
-    return plain.astype(np.float32)
-
-
-def _blend(plain: np.ndarray, keep: np.ndarray, factor: float) -> np.ndarray:
-    return keep * plain + (1 - keep) * plain / factor
+        ramp = (channels / 2 - np.float32(low)) / np.float32(high - low)
+        keep = 1 - np.clip(ramp, 0, 1)
+        return 1 / (factor * powers) * (1 - keep) + plain * keep
+    return plain
