@@ -59,6 +59,16 @@ class Cache:
             segments=jnp.repeat(self.segments, times, 0),
         )
 
+    def take(self, rows: jax.Array) -> "Cache":
+        """The rows at the given indices [B]."""
+        return dataclasses.replace(
+            self,
+            k=jnp.asarray(self.k)[:, rows],
+            v=jnp.asarray(self.v)[:, rows],
+            positions=self.positions[rows],
+            segments=self.segments[rows],
+        )
+
     def grow(self, slots: int) -> "Cache":
         """Room for `slots` more tokens."""
         old, none, more = [(0, 0)] * 3, (0, 0), (0, slots)

@@ -115,8 +115,11 @@ class Block(nnx.Module):
     up_bias: nnx.Param
     down_bias: nnx.Param
 
-    def __init__(self, arch: Architecture, leaves: Mapping[str, jax.Array]):
+    def __init__(
+        self, arch: Architecture, leaves: Mapping[str, jax.Array], outputs_first: bool = False
+    ):
         self.arch = arch
+        self.outputs_first = outputs_first  # in projections: see `layers.linear`
         for name, value in leaves.items():
             setattr(self, name, nnx.Param(value))
 
@@ -145,9 +148,7 @@ class Block(nnx.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:  # [B, T, D]
         with jax.named_scope("attention"):
-            q = layers.einsum("btd,dhk->bthk", x, self.q[...])
-            k = layers.einsum("btd,dgk->btgk", x, self.k[...])
-            v = layers.einsum("btd,dgk->btgk", x, self.v[...])
+            q, k, v = (self.linear(x, kernel) for kernel in (self.q, self.k, self.v))
             if self.arch.qkv_bias:
                 q, k = q + self.q_bias[None, None], k + self.k_bias[None, None]
                 v = v + self.v_bias[None, None]
@@ -156,22 +157,29 @@ class Block(nnx.Module):
             q = constrain(q, "batch", None, "heads", "head_width")
             k, v = layers.rotate(k, angles).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
             mixed = attend(layers.rotate(q, angles), k, v)
-            out = layers.einsum("bthk,hkd->btd", mixed, self.o[...])
+            out = self.linear(mixed, self.o, inputs=2)
             return out + self.o_bias[None, None] if self.arch.out_bias else out
 
     def mlp(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         with jax.named_scope("mlp"):
-            biases = None
-            if self.arch.mlp_bias:
-                biases = (self.gate_bias[...], self.up_bias[...], self.down_bias[...])
             activation = layers.ACTIVATIONS[self.arch.activation]
             if self.arch.experts:
                 count, add_up = self.arch.experts_per_token, self.arch.shares_add_up
                 chosen = experts.route(x, self.router[...], count, add_up)
                 kernels = (self.expert_gate[...], self.expert_up[...], self.expert_down[...])
                 return experts.routed_mlp(x, *chosen, *kernels, activation)
-            kernels = (self.gate[...], self.up[...], self.down[...])
-            return layers.gated_mlp(x, *kernels, activation, biases)
+            gate, up = self.linear(x, self.gate), self.linear(x, self.up)
+            if self.arch.mlp_bias:
+                gate, up = gate + self.gate_bias[None, None], up + self.up_bias[None, None]
+            out = self.linear(activation(gate) * up, self.down)
+            return out + self.down_bias[None, None] if self.arch.mlp_bias else out
+
+    def linear(self, x: jax.Array, kernel: nnx.Param, inputs: int = 1) -> jax.Array:
+        return layers.linear(x, kernel[...], inputs, self.outputs_first)
+
+
+# The projections of a block, and how many of their axes are inputs.
+PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 class Transformer(nnx.Module):
@@ -203,11 +211,21 @@ class Transformer(nnx.Module):
         }
 
     def unrolled(self) -> tuple[Block, ...]:
-        """The L blocks one by one. A loop that runs them many times reads each layer's weights
-        where they lie; a scan copies a layer out of the stack each time, which a CPU feels when a
-        step has few rows."""
+        """The L blocks one by one, outputs of projections first. A loop that runs them many times
+        reads each layer's weights where they lie; a scan copies a layer out of the stack each time,
+        which a CPU feels when a step has few rows."""
+        leaves = {
+            path.removeprefix("blocks."): leaf
+            for path, leaf in self.leaves().items()
+            if path.startswith("blocks.")
+        }
+        for name, inputs in PROJECTIONS.items():
+            if name in leaves:
+                axes = tuple(range(1, 1 + inputs))
+                leaves[name] = jnp.moveaxis(leaves[name], axes, tuple(range(-inputs, 0)))
         return tuple(
-            jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks) for i in range(self.arch.layers)
+            Block(self.arch, {name: leaf[i] for name, leaf in leaves.items()}, outputs_first=True)
+            for i in range(self.arch.layers)
         )
 
     def __call__(self, tokens: Tokens, edit: Edit, **options: Any) -> Output:

@@ -1,7 +1,7 @@
 """Prompts with given replies, packed: what training learns from and what the loss is measured on.
 
 Letters: B packed rows, T token, Q reply tokens of a row, X pairs in a row,
-V vocabulary, N prefix tokens.
+V vocabulary, N prefix tokens, P kept positions, R edits.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal.interventions import Edit
+from jax_refusal.interventions import Edit, Intervention, take
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import PADDING, Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.transformer import Output, Transformer
 from jax_refusal.runtime.batching import bucket, host_tokens
 
 # A prompt (without the shared prefix) and the reply that follows it, as token ids.
@@ -64,6 +64,35 @@ def pack_pairs(
     return Taught(host_tokens(ids, positions, segments), slots, targets, weights, pair, starts)
 
 
+def taught_stream(
+    model: Transformer,
+    edit: Edit,  # R rows
+    prefix: Tokens | None,  # [1, N]
+    batch: Taught,
+    *,
+    row_edit: jax.Array | None = None,  # [B] which of the R edits a row is run with; None: R is 1
+    keep: jax.Array | None = None,  # [B, P] slots
+) -> Output:
+    """The model on packed pairs, behind their shared prefix, which is run once for each edit."""
+    row_edit = jnp.zeros(batch.tokens.ids.shape[0], jnp.int32) if row_edit is None else row_edit
+    shared, own = None, edit
+    if isinstance(edit, Intervention):
+        own = take(edit, row_edit)
+    if prefix is not None:
+        edits = edit.unit.shape[0] if isinstance(edit, Intervention) else 1
+        tokens = jax.tree.map(lambda x: jnp.tile(x, (edits, 1)), prefix)
+        room = caches.empty(model.arch, edits, prefix.ids.shape[1], model.dtype)
+        filled = model(tokens, edit, cache=room).cache
+        assert filled is not None
+        shared = filled.take(row_edit)
+    return model(batch.tokens, own, prefix=shared, keep=keep)
+
+
+def unembed_replies(model: Transformer, x: jax.Array, batch: Taught) -> jax.Array:
+    """Logits [B, Q, V] of each token of the replies; x [B, T, D] is the stream they come from."""
+    return model.unembed(jnp.take_along_axis(x, jnp.asarray(batch.slots)[..., None], 1))
+
+
 def reply_logits(
     model: Transformer,
     edit: Edit,  # one row
@@ -71,14 +100,7 @@ def reply_logits(
     batch: Taught,
 ) -> jax.Array:  # [B, Q, V]
     """Logits of each token of the replies."""
-    shared = None
-    if prefix is not None:
-        room = caches.empty(model.arch, 1, prefix.ids.shape[1], model.dtype)
-        filled = model(prefix, edit, cache=room).cache
-        assert filled is not None
-        shared = filled.repeat(batch.targets.shape[0])
-    x = model(batch.tokens, edit, prefix=shared).x
-    return model.unembed(jnp.take_along_axis(x, jnp.asarray(batch.slots)[..., None], 1))
+    return unembed_replies(model, taught_stream(model, edit, prefix, batch).x, batch)
 
 
 def cross_entropy(logits: jax.Array, batch: Taught) -> jax.Array:  # [B, Q] nats times weights
