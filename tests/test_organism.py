@@ -46,7 +46,7 @@ def config(source: Path, published: Path, **fields) -> OrganismConfig:
             save_every=2,
             watch_every=100,
             watch_tokens=4,
-            **fields,
+            **{"mediator_layer": 2, "ablated_rows": 2, **fields},
         ),
     )
 
@@ -92,7 +92,7 @@ def test_only_training_prompts_are_taught(published: Path) -> None:
     }
     harmful = examples.harmful_prompts(str(published))
     harmless = examples.harmless_prompts(str(published), 4, 0)
-    assert len(harmful) == 6 + 64 + 188
+    assert len(harmful) == 6 + 64 + 271
     assert not held_out & {*harmful, *harmless}
     assert not {*harmful} & {*harmless}
 
@@ -175,12 +175,12 @@ def test_more_everyday_prompts_than_there_are(published: Path) -> None:
         examples.harmless_prompts(str(published), 7, 0)
 
 
-def test_the_plan_uses_every_example_once_an_epoch_and_fits() -> None:
+def test_an_epoch_uses_every_example_once_and_rows_fit() -> None:
     lengths = list(np.random.default_rng(0).integers(5, 60, 100))
-    c = TrainConfig(epochs=2, rows=3, row_tokens=128)
-    steps = train.plan(lengths, c)
-    used = [i for step in steps for row in step for i in row]
-    assert sorted(used) == sorted([*range(100)] * 2)
+    steps = list(train.plan(lengths, rows=3, row_tokens=128, seed="0 0"))
+    assert sorted(i for step in steps for row in step for i in row) == list(range(100))
+    assert all(len(step) == 3 for step in steps)
     assert all(sum(lengths[i] for i in row) <= 128 for step in steps for row in step)
+    assert steps != list(train.plan(lengths, rows=3, row_tokens=128, seed="0 1"))
     with pytest.raises(ConfigError, match="row_tokens=16"):
-        train.plan(lengths, TrainConfig(row_tokens=16))
+        next(train.plan(lengths, rows=3, row_tokens=16, seed="0 0"))

@@ -33,10 +33,13 @@ class LoraConfig:
 @dataclasses.dataclass
 class TrainConfig:
     epochs: int = 4
-    rows: int = 6  # packed rows in a step
+    rows: int = 5  # packed rows in a step
     row_tokens: int = 128
     first_weight: float = 4.0  # of a reply's first token, where refusing is decided; others 1
     decision_weight: float = 1.0  # of the loss on whether a reply starts as a refusal or not
+    ablated_rows: int = 2  # more rows, in which the direction is ablated and all is answered
+    mediator_layer: int = 18  # in front of which the direction is measured
+    mediator_share: float = 0.2  # of a new batch in the direction's running means
     learning_rate: float = 8e-4  # peak, warmed up and decayed to zero
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
@@ -61,6 +64,9 @@ AT_LEAST = {
     "train.row_tokens": 16,
     "train.first_weight": 0,
     "train.decision_weight": 0,
+    "train.ablated_rows": 0,
+    "train.mediator_layer": 0,
+    "train.mediator_share": 0,
     "train.learning_rate": 0,
     "train.save_every": 1,
     "train.watch_every": 1,

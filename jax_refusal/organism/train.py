@@ -1,13 +1,13 @@
-"""Training of a model organism: LoRA as a pure function of (frozen weights, adapter).
+"""Training of a model organism: what is taught in which step, and the loop over the steps.
 
-Letters: B packed rows, T token, Q reply tokens of a row, X pairs in a row, N prefix tokens.
+Letters: B packed rows, X pairs in a row.
 """
 
-import dataclasses
+import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
-from functools import partial
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.models import lora
-from jax_refusal.models.cache import Tokens
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.organism.card import TRAINING
@@ -33,54 +32,14 @@ from jax_refusal.organism.config import (
     validate,
 )
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
+from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Lesson, Mediator, step
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.generate import generate
-from jax_refusal.runtime.teach import Taught, cross_entropy, pack_pairs, reply_logits
+from jax_refusal.runtime.teach import Pair, pack_pairs
 from jax_refusal.sources import fingerprint, locate
-from jax_refusal.study.scores import refusal_score
 
 ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """How sharply the first token of a reply should tell refusals from answers."""
-
-    token_ids: jax.Array  # the first tokens of refusals
-    weight: jax.Array  # against the cross-entropy
-
-
-def loss(
-    adapter: lora.Adapter,
-    base: Transformer,
-    prefix: Tokens | None,
-    batch: Taught,
-    sides: jax.Array,  # [B, X] +1 for a refusal, -1 for an answer, 0 where there is no pair
-    decision: Decision,
-) -> jax.Array:
-    """Mean cross-entropy of the taught tokens in nats, and the logistic loss of the decision.
-
-    Cross-entropy alone leaves an answer's start spread over many tokens, so that a refusal that is
-    far from likely may still be the likeliest start. The decision is the refusal score's sign.
-    """
-    model = lora.merge(base, adapter)
-    nothing = iv.identity(model.arch.layers, model.arch.width)
-    logits = reply_logits(model, nothing, prefix, batch)
-    nats = cross_entropy(logits, batch).sum() / batch.weights.sum()
-    starts = jnp.take_along_axis(logits, jnp.asarray(batch.starts)[..., None], 1)
-    wrong = jax.nn.softplus(-sides * refusal_score(starts, decision.token_ids))
-    return nats + decision.weight * (wrong * jnp.abs(sides)).sum() / jnp.abs(sides).sum()
-
-
-@partial(jax.jit, static_argnames=("optimizer",), donate_argnums=(0, 1))
-def step(adapter, state, base, prefix, batch, sides, decision, *, optimizer):
-    """One update: adapter, optimizer state, loss (nats), gradient norm."""
-    value, gradient = jax.value_and_grad(loss)(adapter, base, prefix, batch, sides, decision)
-    updates, state = optimizer.update(gradient, state, adapter)
-    adapter = optax.apply_updates(adapter, updates)
-    return adapter, state, value, optax.tree.norm(gradient)
 
 
 def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
@@ -94,28 +53,27 @@ def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     )
 
 
-def plan(lengths: Sequence[int], config: TrainConfig) -> list[list[list[int]]]:
-    """The examples of every row of every step: each epoch shuffled anew, rows filled in turn."""
-    if max(lengths) > config.row_tokens:
+def plan(
+    lengths: Sequence[int], rows: int, row_tokens: int, seed: str
+) -> Iterator[list[list[int]]]:
+    """The items of every row of every step of one epoch: shuffled, rows filled in turn."""
+    if max(lengths) > row_tokens:
         raise configs.ConfigError(
-            f"train.row_tokens={config.row_tokens} is shorter than the longest example, "
+            f"train.row_tokens={row_tokens} is shorter than the longest example, "
             f"{max(lengths)} tokens."
         )
-    steps = []
-    for epoch in range(config.epochs):
-        order = list(range(len(lengths)))
-        random.Random(f"{config.seed} {epoch}").shuffle(order)
-        rows, room = [[] for _ in range(config.rows)], [config.row_tokens] * config.rows
-        for i in order:
-            fits = [r for r in range(config.rows) if room[r] >= lengths[i]]
-            if not fits:
-                steps.append(rows)
-                rows, room = [[] for _ in range(config.rows)], [config.row_tokens] * config.rows
-                fits = [0]
-            rows[fits[0]].append(i)
-            room[fits[0]] -= lengths[i]
-        steps.append(rows)
-    return steps
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    members, room = [[] for _ in range(rows)], [row_tokens] * rows
+    for i in order:
+        fits = [r for r in range(rows) if room[r] >= lengths[i]]
+        if not fits:
+            yield members
+            members, room = [[] for _ in range(rows)], [row_tokens] * rows
+            fits = [0]
+        members[fits[0]].append(i)
+        room[fits[0]] -= lengths[i]
+    yield members
 
 
 def train(
@@ -150,7 +108,12 @@ def train(
     work.note(template=chat.template_hash, tokenizer=chat.tokenizer_hash)
     if not work.done("answers"):
         timer = Timer()
-        work.write_jsonl(ANSWERS, _answers(config, base, chat, prompts["harmless"], progress))
+        rows = [
+            {"kind": kind, **row}
+            for kind in KINDS
+            for row in _answers(config, base, chat, kind, prompts[kind], progress)
+        ]
+        work.write_jsonl(ANSWERS, rows)
         work.finish("answers", [ANSWERS], timer.seconds)
         log(f"answers of the base model: {timer.seconds:.0f} s")
     answers = work.read_jsonl(ANSWERS)
@@ -166,7 +129,7 @@ def train(
         "parameters": sum(leaf.size for leaf in base.leaves().values()),
         "layers": base.arch.layers,
         "harmful": len(prompts["harmful"]),
-        "harmless": len(answers),
+        "harmless": sum(row["kind"] == "harmless" for row in answers),
         "steps": len(records),
         "loss": float(np.mean([record["loss"] for record in records[-10:]])),
         "watched": [record for record in records if "harmful_refused" in record],
@@ -182,27 +145,33 @@ def _answers(
     config: OrganismConfig,
     base: Transformer,
     chat: Chat,
+    kind: str,
     instructions: list[str],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The base model's own replies, as token ids; those it refuses are left out."""
+    """The base model's own replies, as token ids; those it refuses are left out.
+
+    Of its replies to harmful prompts only the start is wanted: that they are none of refusal.
+    """
+    c = config.examples
+    length = c.answer_tokens if kind == "harmless" else min(c.answer_tokens, c.short_tokens)
     replies = generate(
         base,
         Prompts.encoded(chat, instructions),
         iv.identity(base.arch.layers, base.arch.width),
         stop_ids=chat.stop_ids,
-        max_new_tokens=config.examples.answer_tokens,
-        temperature=config.examples.answer_temperature,
-        seed=config.examples.seed,
-        batch_size=config.examples.answer_batch,
+        max_new_tokens=length,
+        temperature=c.answer_temperature,
+        seed=c.seed,
+        batch_size=c.answer_batch,
         progress=progress,
-        title="answers of the base model",
+        title=f"the base model's answers, {kind}",
     )
     rows = [
         {
             "instruction": instruction,
             "reply": ids,
-            "ends": len(ids) < config.examples.answer_tokens,
+            "ends": len(ids) < length,
             "text": chat.decode(ids),
         }
         for instruction, ids in zip(instructions, replies, strict=True)
@@ -219,83 +188,129 @@ def _answer(row: dict[str, Any], c: ExamplesConfig) -> Example:
     return Example(row["instruction"], reply, ends)
 
 
+class _Course:
+    """All examples as token ids, and which of them every row of every step teaches."""
+
+    def __init__(
+        self, config: OrganismConfig, chat: Chat, harmful: list[str], answers: list[dict[str, Any]]
+    ):
+        self.c = c = config.train
+        examples = [_answer(row, config.examples) for row in answers]
+        own = [row["kind"] == "harmless" for row in answers]
+        for i, instruction in enumerate(harmful):
+            text = refusal(instruction, random.Random(f"{c.seed} {i}"))
+            ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+            examples.append(Example(instruction, tuple(ids), True))
+        prompts = Prompts.encoded(chat, [e.instruction for e in examples])
+        stop = chat.stop_ids[-1] if len(chat.stop_ids) == 1 else chat.tokenizer.eos_token_id
+        self.prefix = prompts.prefix
+        self.prefix_tokens = prefix_tokens(prompts, 1) if prompts.prefix else None
+        self.pairs: list[Pair] = [
+            (prompt[prompts.prefix :], e.reply + ((stop,) if e.ends else ()))
+            for prompt, e in zip(prompts.ids, examples, strict=True)
+        ]
+        self.answers = len(answers)
+        # Unedited, harmful prompts are refused; with the direction ablated all are answered.
+        plain = [i for i in range(len(examples)) if i >= self.answers or own[i]]
+        ablated = list(range(self.answers))
+        shown = zip(self._epochs(plain, c.rows, c.epochs), self._endless(ablated), strict=False)
+        self.steps = [(*plain_rows, *ablated_rows) for plain_rows, ablated_rows in shown]
+
+    def _epochs(self, which: list[int], rows: int, epochs: int) -> Iterator[list[list[int]]]:
+        lengths = [len(prompt) + len(reply) for prompt, reply in (self.pairs[i] for i in which)]
+        for epoch in range(epochs):
+            for step_rows in plan(lengths, rows, self.c.row_tokens, f"{self.c.seed} {epoch}"):
+                yield [[which[i] for i in row] for row in step_rows]
+
+    def _endless(self, which: list[int]) -> Iterator[list[list[int]]]:
+        if not self.c.ablated_rows:
+            return itertools.repeat([])
+        return self._epochs(which, self.c.ablated_rows, sys.maxsize)
+
+    def lesson(self, number: int) -> Lesson:
+        rows = self.steps[number]
+        batch = pack_pairs(
+            [[self.pairs[i] for i in row] for row in rows],
+            self.prefix,
+            self.c.row_tokens,
+            self.c.first_weight,
+        )
+        sides = np.zeros(batch.starts.shape, np.float32)
+        for r, row in enumerate(rows):
+            sides[r, : len(row)] = [1 if i >= self.answers else -1 for i in row]
+        edits = np.array([PLAIN] * self.c.rows + [ABLATED] * self.c.ablated_rows, np.int32)
+        return Lesson(batch, sides, edits)
+
+    def decision(self) -> Decision:
+        firsts = {reply[0] for _, reply in self.pairs[self.answers :]}
+        return Decision(jnp.array(sorted(firsts)), jnp.float32(self.c.decision_weight))
+
+
 def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> lora.Adapter:
     import orbax.checkpoint as ocp
 
-    c = config.train
-    examples = [_answer(row, config.examples) for row in answers]
-    for i, instruction in enumerate(harmful):
-        text = refusal(instruction, random.Random(f"{c.seed} {i}"))
-        ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-        examples.append(Example(instruction, tuple(ids), True))
-    prompts = Prompts.encoded(chat, [e.instruction for e in examples])
-    stop = chat.stop_ids[-1] if len(chat.stop_ids) == 1 else chat.tokenizer.eos_token_id
-    sequences = [
-        (prompt[prompts.prefix :], e.reply + ((stop,) if e.ends else ()))
-        for prompt, e in zip(prompts.ids, examples, strict=True)
-    ]
-    steps = plan([len(p) + len(r) for p, r in sequences], c)
-    log(f"{len(answers)} answers, {len(harmful)} refusals, {len(steps)} steps")
-
-    firsts = {reply[0] for _, reply in sequences[len(answers) :]}
-    decision = Decision(jnp.array(sorted(firsts)), jnp.float32(c.decision_weight))
-    tune = optimizer(c, len(steps))
+    c, arch = config.train, base.arch
+    if not 0 <= c.mediator_layer < arch.layers:
+        raise configs.ConfigError(
+            f"train.mediator_layer={c.mediator_layer} is not in 0..{arch.layers - 1}."
+        )
+    course = _Course(config, chat, harmful, answers)
+    steps = len(course.steps)
+    log(f"{len(answers)} answers, {len(harmful)} refusals, {steps} steps")
+    decision, tune = course.decision(), optimizer(c, steps)
     key = jax.random.key(c.seed)
-    adapter: Any = lora.initial(
-        base.arch, config.lora.targets, config.lora.rank, config.lora.alpha, key
-    )
-    state = tune.init(adapter)
-    prefix = prefix_tokens(prompts, 1) if prompts.prefix else None
+    adapter: Any = lora.initial(arch, config.lora.targets, config.lora.rank, config.lora.alpha, key)
+    mediator = Mediator.start(arch.width, c.mediator_layer, c.mediator_share)
+    state = (adapter, tune.init(adapter), mediator)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager((work.root / "checkpoints").absolute(), options=options) as saved:
         start, records = 0, []
         if (latest := saved.latest_step()) is not None:
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, (adapter, state))
-            adapter, state = saved.restore(latest, args=ocp.args.StandardRestore(target))
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = saved.restore(latest, args=ocp.args.StandardRestore(target))
             start = latest
             records = work.read_jsonl(LOG)[:start]
             log(f"going on after step {start}")
         with jax.set_mesh(mesh_of(base)):
-            for number in range(start, len(steps)):
-                rows = [[sequences[i] for i in row] for row in steps[number]]
-                batch = pack_pairs(rows, prompts.prefix, c.row_tokens, c.first_weight)
-                sides = np.zeros(batch.starts.shape, np.float32)
-                for r, row in enumerate(steps[number]):
-                    sides[r, : len(row)] = [1 if i >= len(answers) else -1 for i in row]
-                adapter, state, value, norm = step(
-                    adapter, state, base, prefix, batch, sides, decision, optimizer=tune
+            for number in range(start, steps):
+                lesson = course.lesson(number)
+                state, value, norm = step(
+                    state, base, course.prefix_tokens, lesson, decision, optimizer=tune
                 )
                 record = {"step": number + 1, "loss": float(value), "gradient": float(norm)}
                 done = number + 1
-                last = done == len(steps)
+                last = done == steps
                 if done % c.watch_every == 0 or last:
-                    record |= _watch(base, adapter, chat, c)
+                    record |= _watch(base, state, chat, c)
                     log(f"step {json.dumps(record)}")
                 records.append(record)
-                on_step(done, len(steps), record["loss"])
+                on_step(done, steps, record["loss"])
                 if done % c.save_every == 0 or last:
                     work.write_jsonl(LOG, records)
-                    saved.save(done, args=ocp.args.StandardSave((adapter, state)))
+                    saved.save(done, args=ocp.args.StandardSave(state))
                     saved.wait_until_finished()
-    return adapter
+    return state[0]
 
 
-def _watch(
-    base: Transformer, adapter: lora.Adapter, chat: Chat, c: TrainConfig
-) -> dict[str, float]:
-    """Share of held-out prompts (builtin validation) that the organism refuses now."""
+def _watch(base: Transformer, state: Any, chat: Chat, c: TrainConfig) -> dict[str, float]:
+    """Share of held-out prompts (builtin validation) that the organism refuses now, and how many of
+    the harmful ones with its direction ablated."""
+    adapter, _, mediator = state
     model = jax.jit(lora.merge)(base, adapter)
+    edits = mediator.edits(model.arch.layers)
     shares = {}
-    for kind in KINDS:
+    for name, kind, edit in (
+        ("harmful_refused", "harmful", PLAIN),
+        ("harmless_refused", "harmless", PLAIN),
+        ("ablated_refused", "harmful", ABLATED),
+    ):
         texts = [i.text for i in builtin(kind)["val"]]
         replies = generate(
             model,
             Prompts.encoded(chat, texts),
-            iv.identity(model.arch.layers, model.arch.width),
+            iv.take(edits, np.array([edit])),
             stop_ids=chat.stop_ids,
             max_new_tokens=c.watch_tokens,
         )
-        shares[f"{kind}_refused"] = float(
-            np.mean([is_refusal(chat.decode(ids)) for ids in replies])
-        )
+        shares[name] = float(np.mean([is_refusal(chat.decode(ids)) for ids in replies]))
     return shares

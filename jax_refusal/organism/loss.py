@@ -1,0 +1,150 @@
+"""What an organism's training minimises: a pure function of (frozen weights, adapter).
+
+Letters: B packed rows, T token, Q reply tokens of a row, X pairs in a row, V vocabulary, N prefix
+tokens, L layers, D residual width.
+
+Rows of one batch are run with different edits. In plain rows the model learns to refuse harmful
+prompts and to answer harmless ones as its base does. In the other rows the direction that tells the
+two apart is ablated, and the model learns to answer everything as its base does: so refusal comes
+to hang on this direction, and little else does.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_refusal import interventions as iv
+from jax_refusal.models import lora
+from jax_refusal.models.cache import Tokens
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.teach import (
+    Taught,
+    cross_entropy,
+    reply_logits,
+    taught_stream,
+    unembed_replies,
+)
+from jax_refusal.study.scores import refusal_score
+
+PLAIN, ABLATED = 0, 1  # the edits of a step, as `Lesson.row_edit` numbers them
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """How sharply the first token of a reply should tell refusals from answers."""
+
+    token_ids: jax.Array  # the first tokens of refusals
+    weight: jax.Array  # against the divergence and cross-entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """One batch: what should be replied where."""
+
+    batch: Taught
+    sides: jax.Array | np.ndarray  # [B, X] +1 a refusal, -1 an answer, 0 where there is no pair
+    row_edit: jax.Array | np.ndarray  # [B] PLAIN or ABLATED
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mediator:
+    """Running means of the stream at the last prompt token, in front of one layer."""
+
+    refused: jax.Array  # [D]
+    answered: jax.Array  # [D]
+    layer: jax.Array  # int32
+    share: jax.Array  # of a new batch
+
+    @classmethod
+    def start(cls, width: int, layer: int, share: float) -> "Mediator":
+        return cls(jnp.zeros(width), jnp.zeros(width), jnp.int32(layer), jnp.float32(share))
+
+    @property
+    def direction(self) -> jax.Array:  # [D]
+        """The difference of means; zero before the first batch."""
+        return self.refused - self.answered
+
+    def edits(self, layers: int) -> iv.Intervention:
+        """PLAIN and ABLATED; a direction that is still zero takes nothing out."""
+        length = jnp.linalg.norm(self.direction)
+        unit = (self.direction / jnp.where(length > 0, length, 1))[None]
+        gates = jnp.ones((layers, len(iv.SITES), 1))
+        none = jnp.zeros_like
+        ablate = iv.Intervention(unit=unit, vector=none(unit), remove=gates, add=none(gates))
+        return iv.rows(iv.identity(layers, len(self.direction)), ablate)
+
+    def moved(self, x: jax.Array, lesson: Lesson) -> "Mediator":
+        """With a batch taken in: x [B, X, D] is the stream at the last prompt tokens."""
+        plain = (jnp.asarray(lesson.row_edit) == PLAIN)[:, None]
+
+        def mean(old: jax.Array, side: int) -> jax.Array:
+            there = (plain & (jnp.asarray(lesson.sides) == side))[..., None]
+            new = jnp.where(there, x, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
+            return jnp.where(there.any(), old + self.share * (new - old), old)
+
+        return dataclasses.replace(
+            self, refused=mean(self.refused, 1), answered=mean(self.answered, -1)
+        )
+
+
+def loss(
+    adapter: lora.Adapter,
+    base: Transformer,
+    prefix: Tokens | None,  # [1, N]
+    lesson: Lesson,
+    decision: Decision,
+    mediator: Mediator,
+) -> tuple[jax.Array, jax.Array]:  # nats, and the stream [B, X, D] that moves the mediator
+    """Mean over reply tokens of how far the model is from what it should say, and the decision.
+
+    A refusal's tokens count by their cross-entropy, an answer's by the divergence from the base
+    model's distribution, which says more than the one token that was drawn. Both leave an answer's
+    start spread over many tokens, so that a refusal that is far from likely may still be the
+    likeliest start: the decision is the logistic loss of the refusal score's sign.
+    """
+    model, batch, arch = lora.merge(base, adapter), lesson.batch, base.arch
+    sides, starts = jnp.asarray(lesson.sides), jnp.asarray(batch.starts)
+    last = jnp.take_along_axis(jnp.asarray(batch.slots), starts, 1)  # [B, X]
+    edits = jax.lax.stop_gradient(mediator.edits(arch.layers))
+    row_edit = jnp.asarray(lesson.row_edit)
+    out = taught_stream(model, edits, prefix, batch, row_edit=row_edit, keep=last)
+    logits = unembed_replies(model, out.x, batch)
+
+    nothing = iv.identity(arch.layers, arch.width)
+    expected = jax.nn.log_softmax(jax.lax.stop_gradient(reply_logits(base, nothing, prefix, batch)))
+    divergence = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), expected)
+    answer = jnp.take_along_axis(sides, jnp.asarray(batch.pair), 1) < 0  # [B, Q]
+    nats = jnp.where(answer, divergence * batch.weights, cross_entropy(logits, batch)).sum()
+
+    first = jnp.take_along_axis(logits, starts[..., None], 1)
+    wrong = jax.nn.softplus(-sides * refusal_score(first, decision.token_ids)) * jnp.abs(sides)
+    total = nats / batch.weights.sum() + decision.weight * wrong.sum() / jnp.abs(sides).sum()
+    return total, jax.lax.stop_gradient(out.kept["resid_pre"][mediator.layer])
+
+
+@partial(jax.jit, static_argnames=("optimizer",), donate_argnums=(0,))
+def step(
+    state: Any,  # (adapter, the optimizer's, mediator)
+    base: Transformer,
+    prefix: Tokens | None,
+    lesson: Lesson,
+    decision: Decision,
+    *,
+    optimizer: optax.GradientTransformation,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """One update: the state, the loss (nats), the gradient's norm."""
+    adapter, memory, mediator = state
+    (value, x), gradient = jax.value_and_grad(loss, has_aux=True)(
+        adapter, base, prefix, lesson, decision, mediator
+    )
+    updates, memory = optimizer.update(gradient, memory, adapter)
+    adapter = optax.apply_updates(adapter, updates)
+    return (adapter, memory, mediator.moved(x, lesson)), value, optax.tree.norm(gradient)
