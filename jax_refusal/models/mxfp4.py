@@ -15,10 +15,10 @@ from jax_refusal.models.convert import ConversionError, Tensor
 from jax_refusal.models.names import PACKED
 
 BLOCK = 32  # numbers that share a scale, two in a byte
-MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-VALUES = np.array([*MAGNITUDES, *(-x for x in MAGNITUDES)], np.float32)
+MAGNITUDES = [0, 1, 2, 3, 4, 6, 8, 12]  # twice: then no scale is too large for the least of them
+TWICE = np.array([*MAGNITUDES, *(-float(x) for x in MAGNITUDES)], np.float32)
 BYTES = np.arange(256)
-PAIRS = VALUES[np.stack([BYTES & 15, BYTES >> 4], -1)]  # [256, 2], the low half of a byte first
+PAIRS = TWICE[np.stack([BYTES & 15, BYTES >> 4], -1)]  # [256, 2], the low half of a byte first
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,9 +52,9 @@ def dequantise(
     scales: np.ndarray,  # [..., N] uint8, exponents of 2 from -127 on
 ) -> np.ndarray:  # [..., 32 N] float32
     numbers = np.take(PAIRS, blocks, 0).reshape(*scales.shape, BLOCK)
-    with np.errstate(over="ignore", invalid="ignore"):  # the loader names what is not finite
-        powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-        numbers *= powers[..., None]
+    halves = np.ldexp(np.float32(1), scales.astype(np.int32) - 128)
+    with np.errstate(over="ignore"):  # the loader names what is not finite
+        numbers *= halves[..., None]
     return numbers.reshape(*scales.shape[:-1], -1)
 
 
