@@ -151,6 +151,25 @@ def test_a_model_leaves_as_numbers(packed: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(after, before)
 
 
+def test_an_edited_model_leaves_as_numbers(packed: Path, tmp_path: Path) -> None:
+    """Orthogonalised, biases of the experts too: transformers' logits are those of ablation."""
+    direction = np.random.default_rng(0).normal(size=D).astype(np.float32)
+    save_file({"direction": direction}, tmp_path / "direction.safetensors")
+    request = conversion.Request(
+        source=str(packed),
+        to="hf",
+        out=str(tmp_path / "out"),
+        edit="orthogonalize",
+        direction=str(tmp_path / "direction.safetensors"),
+        dtype="float32",
+    )
+    out = conversion.convert(request, log=lambda _: None)
+    model = jr.load_model(str(packed))
+    ids = random_ids(model.arch.vocab)
+    expected = jr.logits(model, ids, edit=jr.ablate(direction, model.arch.layers))
+    assert_close(hf_everything(tiny.hf_model(out), ids)[0], expected, PARITY)
+
+
 def test_without_a_word_it_leaves_in_bfloat16(packed: Path, tmp_path: Path) -> None:
     """The config of such a source names no dtype; what is not packed there is in bfloat16."""
     source = tmp_path / "source"
@@ -231,5 +250,5 @@ def test_bytes_are_refused_where_the_config_names_no_quantisation(
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((packed / "model.safetensors").read_bytes())
-    with pytest.raises(ConversionError, match="down_proj_blocks in .* is stored as U8"):
+    with pytest.raises(ConversionError, match=r"down_proj_blocks in .* is stored as U8"):
         jr.load_model(str(tmp_path))
