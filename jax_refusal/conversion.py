@@ -182,8 +182,10 @@ def _origin(request: Request) -> Origin:
     arch, _ = read_checkpoint(source, ignore)
     original = gguf_file.read(source.gguf)[0] if source.gguf else source.config()
     stored = str(original.get("dtype") or original.get("torch_dtype"))
-    dtype = request.dtype or ("bfloat16" if stored == "bfloat16" else "float32")
+    packed = bool(original.get("quantization_config"))  # as MXFP4, beside bfloat16
+    dtype = request.dtype or ("bfloat16" if packed or stored == "bfloat16" else "float32")
     facts |= {"source": source.name, "fingerprint": found, "dtype": dtype, "family": arch.family}
+    facts |= {"packed": packed}
     if adapter:
         facts |= {"adapter": adapter, "adapter_fingerprint": lora.fingerprint(adapter)}
     direction = None

@@ -149,6 +149,7 @@ def _from_hub(source: str) -> Path:
             name,
             revision=revision or None,
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken"],
+            ignore_patterns=["original/*"],  # the same weights once more, in their makers' layout
         )
     except errors.RepositoryNotFoundError:
         raise SourceError(

@@ -93,6 +93,7 @@ FILES = {
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
+    "original/model.safetensors": b"the weights again",
     "pytorch_model.bin": b"a pickle",
     "modeling_tiny.py": b"raise SystemExit('executed')",
     "README.md": b"# Tiny",

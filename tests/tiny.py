@@ -58,6 +58,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3ForCausalLM", {"rope_theta": 500000.0}),
     "ministral3": ("Ministral3ForCausalLM", {"head_dim": 24, **PAD}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6}),
+    "gpt_oss": ("GptOssForCausalLM", {"head_dim": 24, "num_local_experts": 6, **PAD}),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},

@@ -17,15 +17,21 @@ from jax_refusal.sources import Source, SourceError, locate, read_json
 
 # Their endings differ in every way that could merge with the template's first tokens.
 
-# Llama 3.x writes today's date into the prompt. A study is the same study tomorrow, so the date is
-# always the one that its template itself falls back to. (A template that asks the clock and no
-# variable cannot be told; its rendered text is in the template's hash.)
+# Some templates write today's date into the prompt. A study is the same study tomorrow, so the date
+# is always the one that Llama 3.x's template itself falls back to. A template that asks the clock
+# and no variable, as gpt-oss's does, finds a clock in front of it that stands still.
 DATE = "26 Jul 2024"
+PARTS = "%Y=2024 %y=24 %m=07 %d=26 %b=Jul %B=July %a=Fri %A=Friday %H=00 %I=12 %M=00 %S=00 %p=AM"
+REPLACED = " ".join("| replace('{}', '{}')".format(*part.split("=")) for part in PARTS.split())
+CLOCK = "{% macro strftime_now(format) %}{{ format " + REPLACED + " }}{% endmacro %}{{ '' }}"
 
 PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
 
 # Thinking models: the block before the answer. Qwen3's templates write an empty one in this form.
 THINK, ANSWER = "<think>", "</think>\n\n"
+# gpt-oss writes each message into a channel (its format is called harmony): thoughts into
+# "analysis", then the answer into "final". Its template stops before the name of a channel.
+CHANNEL, TURN, FINAL = "<|channel|>", "<|start|>assistant", "<|channel|>final<|message|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +42,8 @@ class Chat:
     system: text of a system turn; None leaves that to the template.
     template: one of data/templates.py in place of the tokenizer's own.
 
-    Of a thinking model the prompt ends after an empty think block, so that the next token is the
-    first of the answer, where the refusal score is read.
+    Of a thinking model the prompt ends after an empty think block, or in the channel of answers, so
+    that the next token is the first of the answer, where the refusal score is read.
     """
 
     tokenizer: Any
@@ -53,7 +59,10 @@ class Chat:
         turns = [{"role": "user", "content": instruction}]
         if self.system is not None:
             turns.insert(0, {"role": "system", "content": self.system})
-        switch = {"enable_thinking": False} if self._can_think else {}
+        switch: dict[str, Any] = {"enable_thinking": False} if self._can_think else {}
+        own = self.tokenizer.chat_template
+        if isinstance(own, str) and "strftime_now" in own:
+            switch["chat_template"] = CLOCK + own
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -64,6 +73,8 @@ class Chat:
             )
         except Exception as error:  # a template is a program of the checkpoint: it raises anything
             raise ChatError(f"The chat template failed on {instruction!r}: {error}.") from error
+        if self._has_channels and text.endswith(TURN):
+            return text + FINAL
         return text + _rest_of_an_empty_block(text)
 
     def encode(self, instructions: Sequence[str]) -> list[list[int]]:
@@ -128,6 +139,10 @@ class Chat:
     @property
     def _can_think(self) -> bool:
         return "enable_thinking" in str(self.tokenizer.chat_template)
+
+    @property
+    def _has_channels(self) -> bool:
+        return CHANNEL in str(self.tokenizer.chat_template)
 
     @cached_property
     def template_hash(self) -> str:

@@ -59,11 +59,14 @@ class Architecture:
     out_bias: bool = False
     mlp_bias: bool = False
     embed_scale: float = 1.0
+    sinks: bool = False  # a learned score for each head, which takes attention and gives nothing
     score_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 is none
     logit_cap: float = 0.0
     experts: int = 0  # E; 0 is one MLP for all tokens
     experts_per_token: int = 0
     shares_add_up: bool = True  # the shares of a token's experts are made to add up to 1
+    expert_bias: bool = False  # of the router, and of the experts' three projections
+    swiglu_limit: float = 0.0  # of experts: gate <= limit, |up| <= limit, and up + 1; 0 is none
     query_growth: float = 0.0  # queries are 1 + growth * log(1 + position // period) longer
     query_period: int = 0  # tokens
     wrapped: bool = False  # the checkpoint holds more than this text model

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -35,8 +36,8 @@ class Tensor:
         return self.read(slices)
 
 
-def safetensors(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of some safetensors files, unread."""
+def safetensors(files: list[Path], packed: bool = False) -> dict[str, Tensor]:
+    """The tensors of some safetensors files, unread. packed: some of them as pairs of MXFP4."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
@@ -49,13 +50,20 @@ def safetensors(files: list[Path]) -> dict[str, Tensor]:
             ) from None
         for name in handle.keys():  # noqa: SIM118 (a handle, not a dict)
             part = handle.get_slice(name)
-            if part.get_dtype() not in FLOATS:
+            allowed = {"U8"} if packed and names.PACKED.fullmatch(name) else FLOATS
+            if part.get_dtype() not in allowed:
                 raise ConversionError(
                     f"{name} in {path.name} is stored as {part.get_dtype()}; supported are "
-                    f"{sorted(FLOATS)}. Quantised weights have to be dequantised first."
+                    f"{sorted(allowed)}. Quantised weights have to be dequantised first."
                 )
-            tensors[name] = Tensor(tuple(part.get_shape()), part.__getitem__)
+            tensors[name] = Tensor(tuple(part.get_shape()), partial(_slice, part))
     return tensors
+
+
+def _slice(part: Any, slices: tuple[slice, ...]) -> np.ndarray:
+    """Part of a stored tensor; steps are taken here, since not every reader of files knows them."""
+    steps = tuple(slice(None, None, each.step) for each in slices)
+    return part[tuple(slice(each.start, each.stop) for each in slices)][steps]
 
 
 def load(
@@ -137,6 +145,8 @@ def stored(model: transformer.Transformer) -> dict[str, Tensor]:
 
         def read(slices, index, fused=fused):
             pieces = [_stored(arch, leaves, part, index) for part in fused]
+            if fused[0].alternates:
+                return np.stack(pieces, -1).reshape(*pieces[0].shape[:-1], -1)[slices]
             return np.concatenate(pieces, names.along(fused[0]))[slices]
 
         for index, name in _each(arch, row, names.counts(arch, row)):
@@ -184,12 +194,12 @@ def _read(
     counted = names.numbered(arch, row)
     own = logical[len(counted) :]
     # What to read of each tensor: of a dimension that holds several axes, a run of the first.
-    begin, slices = names.offset(arch, row), []
+    slices = []
     for dimension, (first, *rest) in enumerate(row.layout):
         inner = math.prod(transformer.shape(arch, rest))
-        shift = begin if dimension == names.along(row) else 0
         start, stop = wanted[first].start * inner, wanted[first].stop * inner
-        slices.append(slice(shift + start, shift + stop))
+        fused = dimension == names.along(row)
+        slices.append(names.where(arch, row, start, stop) if fused else slice(start, stop))
     axes = [axis for group in row.layout for axis in group]
     firsts = {group[0] for group in row.layout}
     sizes = [len(wanted[a]) if a in firsts else transformer.shape(arch, [a])[0] for a in axes]

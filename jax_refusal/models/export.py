@@ -48,10 +48,11 @@ def config(
     dtype: str,
     ignore: tuple[str, ...] = (),  # fields that the user vouched for when the model was loaded
 ) -> dict[str, Any]:
-    """The original config.json with what an edit changed.
+    """The original config.json with what an edit changed; weights leave as numbers, not packed.
 
     Raises ExportError where the family's config has no word for the architecture.
     """
+    original = {name: original[name] for name in original if name != "quantization_config"}
     key = "dtype" if "dtype" in original else "torch_dtype"
     changed = {**original, "tie_word_embeddings": arch.tied_head, key: dtype}
     if arch.family in CLASSES:

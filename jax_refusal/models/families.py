@@ -10,6 +10,7 @@ from typing import Any
 
 from jax_refusal.models import switches
 from jax_refusal.models.architecture import Architecture, UnsupportedModel
+from jax_refusal.models.refused import REFUSED
 from jax_refusal.models.switches import Config, Switches
 
 
@@ -228,6 +229,17 @@ FAMILIES: dict[str, Family] = {
         read=switches.qwen3_moe,
         naming="qwen3_moe",
     ),
+    "gpt_oss": Family(
+        fields="""attention_bias sliding_window layer_types num_local_experts num_experts_per_tok
+            experts_per_token initial_context_length output_router_logits router_aux_loss_coef
+            swiglu_alpha swiglu_limit quantization_config""",
+        required="num_key_value_heads head_dim num_local_experts num_experts_per_tok",
+        defaults={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0},
+        fixed={"swiglu_alpha": (1.702,)},
+        static={"norm": "scale_in_float32", "activation": "quick_gelu"},
+        read=switches.gpt_oss,
+        naming="gpt_oss",
+    ),
 }
 
 # Multimodal `model_type` -> its own fields, of which none acts on text, and what may lie inside.
@@ -242,20 +254,6 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("mistral", "ministral3"),
     ),
 }
-
-LINEAR_ATTENTION = (
-    "mixes layers of linear attention or state-space models with attention. That takes a recurrent "
-    "state and a short convolution beside the key/value cache in every such layer, a scan over two "
-    "kinds of blocks, and a reset of the state where one packed prompt ends and the next begins"
-)
-REFUSED = dict.fromkeys(
-    """
-    qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp olmo_hybrid kimi_linear
-    granitemoehybrid bamba jamba falcon_h1 nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 minimax
-    bailing_hybrid recurrent_gemma
-    """.split(),
-    LINEAR_ATTENTION,
-)
 
 
 def architecture(config: Config, ignore: tuple[str, ...] = ()) -> Architecture:

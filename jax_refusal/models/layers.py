@@ -19,6 +19,7 @@ PRECISION = jax.lax.Precision.HIGHEST
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 # What a norm does with its weights: the normed input in float32, the weights, the input's dtype.
@@ -88,8 +89,11 @@ def dot_product_attention(
     allowed: jax.Array,  # [B, T, C] bool
     scale: float,
     cap: float = 0.0,
+    sinks: jax.Array | None = None,  # [H]
 ) -> jax.Array:  # [B, T, H, K]
     """Grouped-query attention; the softmax is in float32.
+
+    A sink is one more score in its head's softmax, with nothing to read behind it.
 
     The queries of a group share one product with its keys, and both products have their operands
     as a batch of plain matrices: other orders of the axes cost a CPU half as much again.
@@ -100,7 +104,11 @@ def dot_product_attention(
     scores = soft_cap(einsum("bgtk,bgkc->bgtc", q, k) * scale, cap)
     scores = scores.astype(jnp.float32).reshape(B, H, T, C)
     scores = jnp.where(allowed[:, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, -1).astype(q.dtype).reshape(B, G, H // G * T, C)
+    weights = jax.nn.softmax(scores, -1)
+    if sinks is not None:  # what it leaves of each row: e^s / (e^s + e^sink), s the log of its sum
+        total = jax.nn.logsumexp(scores, -1, keepdims=True)
+        weights *= jax.nn.sigmoid(total - sinks.astype(jnp.float32)[None, :, None, None])
+    weights = weights.astype(q.dtype).reshape(B, G, H // G * T, C)
     mixed = einsum("bgtc,bgck->bgtk", weights, v)
     return mixed.reshape(B, H, T, K).swapaxes(1, 2)
 

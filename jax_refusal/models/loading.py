@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.models import checkpoint, convert, gguf_file
+from jax_refusal.models import checkpoint, convert, gguf_file, mxfp4
 from jax_refusal.models.families import Architecture, architecture
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.sources import Source, locate
@@ -54,4 +54,8 @@ def read_checkpoint(
     arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
     if source.orbax is not None:
         return arch, {}
-    return arch, convert.safetensors(source.weight_files()) if tensors is None else tensors
+    if tensors is None:
+        packed = bool(config.get("quantization_config"))  # only MXFP4 came through `architecture`
+        tensors = convert.safetensors(source.weight_files(), packed)
+        tensors = mxfp4.unpacked(tensors) if packed else tensors
+    return arch, tensors

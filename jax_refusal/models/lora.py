@@ -244,7 +244,7 @@ def _known(arch: Architecture, target: str) -> bool:
 def _module(arch: Architecture, target: str) -> str:
     """'model.layers.{layer}.self_attn.q_proj' of 'q_proj'."""
     path, _ = _row(arch, target)
-    name = next(n for n, p, _ in rows(arch) if p == path and n.endswith(".weight"))
+    name = next(n for n, p, *_ in rows(arch) if p == path and n.endswith(".weight"))
     return name.removesuffix(".weight")
 
 

@@ -2,7 +2,8 @@
 
 A row is: Hugging Face name, leaf path, layout of the Hugging Face tensor in the leaf's axis names,
 where `(heads head_width)` is one dimension holding both. Rows that share a name are the parts of
-one fused tensor, in this order along its first dimension (after that of experts). The leaf's own
+one fused tensor, in this order along its first dimension (after that of experts); a star says that
+they alternate along its last, entry by entry. The leaf's own
 order of axes is in `transformer.axes`. Which slice of which tensor a device needs, transposes,
 shape checks, missing and unused tensors, and the way back to Hugging Face follow from the table.
 """
@@ -87,6 +88,18 @@ FUSED_EXPERTS = (
     (BLOCK + "mlp.experts.gate_up_proj", "blocks.expert_up", "experts mlp embed"),
     (BLOCK + "mlp.experts.down_proj", "blocks.expert_down", "experts embed mlp"),
 )
+# Experts lie [in, out], as they multiply; a gate and its up are neighbours.
+GPT_OSS = (
+    (BLOCK + "self_attn.sinks", "blocks.sinks", "heads"),
+    (BLOCK + "mlp.router.weight", "blocks.router", "experts embed"),
+    (BLOCK + "mlp.router.bias", "blocks.router_bias", "experts"),
+    (BLOCK + "mlp.experts.gate_up_proj", "blocks.expert_gate", "experts embed mlp*"),
+    (BLOCK + "mlp.experts.gate_up_proj", "blocks.expert_up", "experts embed mlp*"),
+    (BLOCK + "mlp.experts.gate_up_proj_bias", "blocks.expert_gate_bias", "experts mlp*"),
+    (BLOCK + "mlp.experts.gate_up_proj_bias", "blocks.expert_up_bias", "experts mlp*"),
+    (BLOCK + "mlp.experts.down_proj", "blocks.expert_down", "experts mlp embed"),
+    (BLOCK + "mlp.experts.down_proj_bias", "blocks.expert_down_bias", "experts embed"),
+)
 QWEN1_BLOCK = "transformer.h.{layer}."
 QWEN1 = (
     ("transformer.wte.weight", "embed", "vocab embed"),
@@ -124,6 +137,7 @@ NAMING = {
     "qwen": QWEN1,
     "mixtral": (*TOP, *PRE_NORMS, *ATTENTION, *MIXTRAL),
     "qwen3_moe": (*TOP, *PRE_NORMS, *ATTENTION, *HEAD_NORMS, *EXPERTS),
+    "gpt_oss": (*TOP, *PRE_NORMS, *ATTENTION, *GPT_OSS),
     "fused_experts": (*TOP, *PRE_NORMS, *ATTENTION, *HEAD_NORMS, *FUSED_EXPERTS),
 }
 
@@ -142,17 +156,22 @@ PREFIXES = {
 OTHER_MODALITIES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
 
+# Halves of a tensor that lies in MXFP4; see `mxfp4`.
+PACKED = re.compile(r"(.*)_(blocks|scales)")
+
+
 class Row(NamedTuple):
     name: str  # Hugging Face's, with {layer} and {expert} for numbers
     path: str  # of the leaf
     layout: list[list[str]]  # for each dimension of this part, the leaf's axes that it holds
+    alternates: bool = False  # with the other parts of its tensor, along the last dimension
 
 
 def rows(arch: Architecture) -> list[Row]:
     """The rows that this architecture has."""
     paths = transformer.axes(arch)
     return [
-        Row(name, path, _layout(layout))
+        Row(name, path, _layout(layout), layout.endswith("*"))
         for name, path, layout in NAMING[arch.naming]
         if path in paths
     ]
@@ -164,20 +183,25 @@ def sizes(arch: Architecture, row: Row) -> tuple[int, ...]:
 
 
 def parts(arch: Architecture, name: str) -> list[Row]:
-    """The rows of one tensor, in their order along its first dimension."""
+    """The rows of one tensor, in their order along its fused dimension."""
     return [row for row in rows(arch) if row.name == name]
 
 
 def along(row: Row) -> int:
     """The dimension along which the parts of a fused tensor follow each other."""
-    return int(row.layout[0] == ["experts"])
+    if row.alternates:
+        return len(row.layout) - 1
+    return int(row.layout[0] == ["experts"] and len(row.layout) > 1)
 
 
-def offset(arch: Architecture, row: Row) -> int:
-    """Where a row's part begins along that dimension."""
+def where(arch: Architecture, row: Row, start: int, stop: int) -> slice:
+    """Where the entries start..stop of a row's part lie along that dimension."""
     fused = parts(arch, row.name)
-    before = fused[: [part.path for part in fused].index(row.path)]
-    return sum(sizes(arch, part)[along(part)] for part in before)
+    index = [part.path for part in fused].index(row.path)
+    if row.alternates:
+        return slice(len(fused) * start + index, len(fused) * stop, len(fused))
+    begin = sum(sizes(arch, part)[along(part)] for part in fused[:index])
+    return slice(begin + start, begin + stop)
 
 
 def full_sizes(arch: Architecture, name: str) -> tuple[int, ...]:
@@ -204,6 +228,8 @@ Stored = TypeVar("Stored")
 
 def as_stored(arch: Architecture, tensors: Mapping[str, Stored]) -> Architecture:
     """The architecture, named as this checkpoint names it: experts may lie fused."""
+    if arch.naming == "gpt_oss":  # whose own names are among these
+        return arch
     fused = {name for name, path, _ in FUSED_EXPERTS if path == "blocks.expert_down"}
     if any(name.format(layer=0) in tensors for name in fused):
         return dataclasses.replace(arch, naming="fused_experts")
@@ -226,4 +252,4 @@ def unwrapped(arch: Architecture, tensors: Mapping[str, Stored]) -> dict[str, St
 
 def _layout(text: str) -> list[list[str]]:
     """'(heads head_width) embed' -> [['heads', 'head_width'], ['embed']]."""
-    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", text)]
+    return [group.strip("()*").split() for group in re.findall(r"\([^)]*\)|\S+", text)]

@@ -211,3 +211,34 @@ def qwen3_moe(config: Config) -> Switches:
         "shares_add_up": bool(config["norm_topk_prob"]),
         "mlp_width": config["moe_intermediate_size"],
     }
+
+
+def gpt_oss(config: Config) -> Switches:
+    """Every other layer has a window, from the first on; every layer is routed."""
+    problems = []
+    packed = config.get("quantization_config") or {"quant_method": "mxfp4"}
+    unknown = sorted(set(packed) - {"quant_method", "modules_to_not_convert"})
+    if packed.get("quant_method") != "mxfp4" or unknown:
+        problems.append(
+            f"quantization_config={packed!r} (supported: quant_method='mxfp4', with no other field "
+            "than modules_to_not_convert)"
+        )
+    count, limit = config["num_experts_per_tok"], config["swiglu_limit"]
+    if config.get("experts_per_token", count) != count:
+        problems.append(f"experts_per_token={config['experts_per_token']!r} is not {count}")
+    if not limit or limit < 0:
+        problems.append(f"swiglu_limit={limit!r} (supported: above 0)")
+    if problems:
+        raise UnsupportedModel("This gpt_oss config cannot be run: " + "; ".join(problems) + ".")
+    yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False}  # where the file is silent
+    scaling = rope_settings(config) or {**yarn, "original_max_position_embeddings": 4096}
+    base = config.get("rope_theta") or 150000.0
+    return {
+        **some_layers(config, lambda i: i % 2 == 0),
+        "ropes": (read_rope(scaling, base, config["max_position_embeddings"]),),
+        "experts": config["num_local_experts"],
+        "experts_per_token": count,
+        "expert_bias": True,
+        "swiglu_limit": limit,
+        "sinks": True,
+    }

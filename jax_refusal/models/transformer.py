@@ -29,12 +29,7 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
         "o": ("heads", "head_width", "embed"),
     }
     if arch.experts:
-        block |= {
-            "router": ("embed", "experts"),
-            "expert_gate": ("experts", "embed", "mlp"),
-            "expert_up": ("experts", "embed", "mlp"),
-            "expert_down": ("experts", "mlp", "embed"),
-        }
+        block |= experts.axes(arch)
     else:
         block |= {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
     if arch.pre_norm:
@@ -53,6 +48,8 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
             "k_bias": ("kv_heads", "head_width"),
             "v_bias": ("kv_heads", "head_width"),
         }
+    if arch.sinks:
+        block |= {"sinks": ("heads",)}
     if arch.out_bias:
         block |= {"o_bias": ("embed",)}
     if arch.mlp_bias:
@@ -114,6 +111,11 @@ class Block(nnx.Module):
     gate_bias: nnx.Param
     up_bias: nnx.Param
     down_bias: nnx.Param
+    router_bias: nnx.Param
+    expert_gate_bias: nnx.Param
+    expert_up_bias: nnx.Param
+    expert_down_bias: nnx.Param
+    sinks: nnx.Param
 
     def __init__(
         self, arch: Architecture, leaves: Mapping[str, jax.Array], outputs_first: bool = False
@@ -165,9 +167,14 @@ class Block(nnx.Module):
             activation = layers.ACTIVATIONS[self.arch.activation]
             if self.arch.experts:
                 count, add_up = self.arch.experts_per_token, self.arch.shares_add_up
-                chosen = experts.route(x, self.router[...], count, add_up)
+                router_bias = biases = None
+                if self.arch.expert_bias:
+                    router_bias, down_bias = self.router_bias[...], self.expert_down_bias[...]
+                    biases = (self.expert_gate_bias[...], self.expert_up_bias[...], down_bias)
+                chosen = experts.route(x, self.router[...], count, add_up, router_bias)
                 kernels = (self.expert_gate[...], self.expert_up[...], self.expert_down[...])
-                return experts.routed_mlp(x, *chosen, *kernels, activation)
+                limit = self.arch.swiglu_limit
+                return experts.routed_mlp(x, *chosen, *kernels, activation, biases, limit)
             gate, up = self.linear(x, self.gate), self.linear(x, self.up)
             if self.arch.mlp_bias:
                 gate, up = gate + self.gate_bias[None, None], up + self.up_bias[None, None]
@@ -299,7 +306,10 @@ class Transformer(nnx.Module):
                 if growth is not None:
                     q = q * growth.astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
-                return layers.dot_product_attention(q, k, v, near, arch.score_scale, arch.score_cap)
+                sinks = block.sinks[...] if arch.sinks else None
+                return layers.dot_product_attention(
+                    q, k, v, near, arch.score_scale, arch.score_cap, sinks
+                )
 
             own = jax.tree.map(lambda a: a[0 if rope is None else rope], angles)
             x = block(x, at, own, attend)

@@ -52,6 +52,8 @@ def card(
         "dtype": facts["dtype"],
         "edit": edit,
     }
+    if facts.get("packed"):
+        rows["experts"] = "MXFP4 in the source, numbers of this dtype here"
     if "adapter" in facts:
         rows["adapter merged in"] = f"`{facts['adapter']}`, `{facts['adapter_fingerprint']}`"
     if "direction" in facts:

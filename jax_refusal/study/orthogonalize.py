@@ -1,6 +1,6 @@
 """Edits of the residual stream written into the weights (Arditi et al. 2024, section 4.1, app. E).
 
-Letters: L layers, D residual width, V vocabulary.
+Letters: L layers, D residual width, V vocabulary, E experts.
 
 Ablating a direction at every write is a projection of the matrices that write: W <- W - W u u^T,
 for the embedding, the attention and MLP outputs, and their biases. Every leaf of the model whose
@@ -31,6 +31,7 @@ WRITERS = frozenset(
         "blocks.down",
         "blocks.down_bias",
         "blocks.expert_down",  # of every expert
+        "blocks.expert_down_bias",
     }
 )
 # Leaves of that shape that write nothing: gains of norms in front of a block or of the head.
@@ -97,8 +98,8 @@ def bake_addition(
     """A model with `coefficient * direction` added to the input of block `layer`, at every token.
 
     It becomes a bias of the MLP output of the block before: the attention's would be seen by that
-    MLP. So layer 0 has no room, nor has an architecture without MLP biases. Raises as
-    `orthogonalize`.
+    MLP. Of experts whose shares add up to 1 it becomes a bias of each. So layer 0 has no room, nor
+    has an architecture without MLP biases. Raises as `orthogonalize`.
     """
     arch = model.arch
     if not 1 <= layer < arch.layers:
@@ -106,7 +107,8 @@ def bake_addition(
             f"layer={layer}: an addition becomes a bias of the block before, so it can be at "
             f"layers 1 to {arch.layers - 1}."
         )
-    if not arch.mlp_bias and arch.family not in MLP_BIAS_FAMILIES:
+    of_experts = arch.expert_bias and arch.shares_add_up
+    if not (of_experts or arch.mlp_bias or arch.family in MLP_BIAS_FAMILIES):
         raise WeightEditError(
             f"A {arch.family} model has no bias at its MLP output, so no addition can be part of "
             "its weights. Add it while it runs (jax_refusal.add), or as a GGUF control vector."
@@ -116,16 +118,18 @@ def bake_addition(
     unit_vector(vector)  # finite, and not zero
     leaves = model.leaves()
     new = set()
-    if not arch.mlp_bias:
+    if not (of_experts or arch.mlp_bias):
         arch = dataclasses.replace(arch, mlp_bias=True)
         new = set(transformer.axes(arch)) - set(leaves)
         for path in new:
             shape = transformer.shape(arch, transformer.axes(arch)[path])
             leaves[path] = jnp.zeros(shape, model.dtype)
-    bias = leaves["blocks.down_bias"]
-    row = bias[layer - 1].astype(jnp.float32) + coefficient * vector
-    leaves["blocks.down_bias"] = bias.at[layer - 1].set(row.astype(bias.dtype))
-    return _rebuilt(model, arch, leaves, {*new, "blocks.down_bias"})
+    path = "blocks.expert_down_bias" if of_experts else "blocks.down_bias"
+    bias = leaves[path]
+    rows = bias[layer - 1].astype(jnp.float32)  # [D], or [E, D]
+    rows += coefficient * vector.reshape((1,) * (rows.ndim - 1) + vector.shape)
+    leaves[path] = bias.at[layer - 1].set(rows.astype(bias.dtype))
+    return _rebuilt(model, arch, leaves, {*new, path})
 
 
 def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adapter:
@@ -144,7 +148,7 @@ def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adap
         )
     unit = unit_vector(check_width(np.asarray(direction), arch.width, "The direction"))
     a, b, leaves = {}, {}, model.leaves()
-    for name, path, layout in convert.rows(arch):
+    for name, path, layout, _ in convert.rows(arch):
         if path not in edited or not path.startswith("blocks.") or len(layout) != 2:
             continue
         target = name.split(".")[-2]

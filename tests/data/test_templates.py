@@ -226,3 +226,67 @@ def test_the_switch_alone_would_leave_the_block_to_the_model(tokenizer: Any):
 
 def test_models_that_do_not_think_are_left_alone(chat: Chat):
     assert chat.render("<think>").endswith("<|im_start|>assistant\n")
+
+
+# Models that write into channels: gpt-oss's format, shortened
+
+HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")
+HARMONY = (
+    "{%- macro system() %}{{- 'Current date: ' + strftime_now('%Y-%m-%d') }}"
+    "{{- '\n# Valid channels: analysis, final.' }}{%- endmacro %}"
+    "{{- '<|start|>system<|message|>' + system() + '<|end|>' }}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'system' %}"
+    "{{- '<|start|>developer<|message|># Instructions\n\n' + message.content + '<|end|>' }}"
+    "{%- elif message.role == 'assistant' %}"
+    "{{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|return|>' }}"
+    "{%- else %}{{- '<|start|>user<|message|>' + message.content + '<|end|>' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"
+)
+
+
+def harmony(tokenizer: Any, system: str | None = None) -> Chat:
+    tokenizer.add_special_tokens({"additional_special_tokens": list(HARMONY_TOKENS)})
+    tokenizer.chat_template = HARMONY
+    return Chat(tokenizer, (2,), system=system)
+
+
+def test_a_prompt_ends_in_the_channel_of_answers(tokenizer: Any):
+    """Where a past answer of the same template starts, so that its first token is scored."""
+    chat = harmony(tokenizer, "Be brief.")
+    ending = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert chat.render("Hi") == (
+        "<|start|>system<|message|>Current date: 2024-07-26\n# Valid channels: analysis, final."
+        "<|end|><|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
+        "<|start|>user<|message|>Hi" + ending
+    )
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "I'm sorry"},
+    ]
+    same_day = HARMONY.replace("strftime_now('%Y-%m-%d')", "'2024-07-26'")
+    answered = tokenizer.apply_chat_template(turns, chat_template=same_day, tokenize=False)
+    assert answered == chat.render("Hi") + "I'm sorry<|return|>"
+    assert tokenizer.decode(list(chat.post_instruction)) == ending
+    labels = chat.position_labels  # "assistant" and "final" may be several tokens here
+    assert [label for label in labels if label in HARMONY_TOKENS] == [
+        "<|end|>",
+        "<|start|>",
+        "<|channel|>",
+        "<|message|>",
+    ]
+
+
+def test_a_reply_ends_where_a_message_does(tokenizer: Any, tmp_path: Path):
+    """`<|end|>` is no stop token of gpt-oss's files; after it another message would begin."""
+    harmony(tokenizer).tokenizer.save_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    chat = load_chat(str(tmp_path))
+    assert chat.stop_ids == (2, chat.tokenizer.convert_tokens_to_ids("<|end|>"))
+
+
+def test_the_same_turn_without_channels_is_left_alone(tokenizer: Any):
+    tokenizer.chat_template = HARMONY.replace("<|channel|>", "<|other|>")
+    assert Chat(tokenizer, (2,)).render("Hi").endswith("<|start|>assistant")

@@ -13,6 +13,7 @@ CAP = 2.0  # scores and logits have a standard deviation of about this
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+RAMP = {**YARN, "rope_theta": 300.0, "beta_fast": 1.0, "beta_slow": 0.2, "truncate": False}
 SHORT = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [9.0] * 4}
 TYPES = ["full_attention", "sliding_attention"] * 2
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
@@ -106,6 +107,20 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"architecture": "mixtral"},
     "mixtral_window": {"architecture": "mixtral", "sliding_window": WINDOW},
+    "gpt_oss": {
+        "architecture": "gpt_oss",
+        "num_experts_per_tok": 3,
+        "rope_parameters": RAMP,
+        "sliding_window": WINDOW,
+        "swiglu_limit": 0.8,
+    },
+    "gpt_oss_types_no_bias": {
+        "architecture": "gpt_oss",
+        "attention_bias": False,
+        "layer_types": TYPES,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    },
     "qwen3_moe": {"architecture": "qwen3_moe", "norm_topk_prob": True},
     "qwen3_moe_shares_bias": {
         "architecture": "qwen3_moe",
@@ -148,6 +163,14 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
     ],
     "mixtral": [{"num_experts_per_tok": 1}],
     "mixtral_window": [{"sliding_window": None}],
+    "gpt_oss": [
+        {"sliding_window": T},
+        {"layer_types": TYPES},
+        {"num_experts_per_tok": 2},
+        {"rope_parameters": {**RAMP, "truncate": True}},
+        {"rope_parameters": {**RAMP, "factor": 1.0}},
+        {"swiglu_limit": 7.0},
+    ],
     "qwen3_moe": [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
 }
 WINDOWS = [
@@ -158,6 +181,7 @@ WINDOWS = [
     "smollm3_window_bias",
     "olmo3_yarn_bias",
     "ministral3_window_tied",
+    "gpt_oss",
 ]
 
 

@@ -232,6 +232,54 @@ MIXTRAL_8X7B = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+
+
+def test_gpt_oss() -> None:
+    arch = architecture(GPT_OSS_20B)
+    assert arch.windows == (128, 0) * 12 and arch.sinks and arch.swiglu_limit == 7.0
+    assert (arch.experts, arch.experts_per_token, arch.expert_bias) == (32, 4, True)
+    assert arch.qkv_bias and arch.out_bias and not arch.mlp_bias and not arch.tied_head
+    (rope,) = arch.ropes
+    assert (rope.kind, rope.base, rope.factor, rope.truncate) == ("yarn", 150000, 32, False)
+    silent = ("layer_types", "rope_scaling", "rope_theta", "attention_bias", "swiglu_limit")
+    assert architecture({k: v for k, v in GPT_OSS_20B.items() if k not in silent}) == arch
 
 
 def test_olmo3() -> None:
@@ -366,6 +414,24 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["lacks llama_4_scaling_beta"],
     ),
     "another base": ({**OLMO3_7B, "rope_theta": 10000}, ["rope_theta=10000 (supported: [500000])"]),
+    "activation of experts": ({**GPT_OSS_20B, "swiglu_alpha": 1.0}, ["swiglu_alpha=1.0"]),
+    "no clamp": ({**GPT_OSS_20B, "swiglu_limit": None}, ["swiglu_limit=None (supported: above 0)"]),
+    "two numbers of experts": (
+        {**GPT_OSS_20B, "experts_per_token": 8},
+        ["experts_per_token=8 is not 4"],
+    ),
+    "another quantisation": (
+        {**GPT_OSS_20B, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+        ["quantization_config={'quant_method': 'gptq', 'bits': 4}", "quant_method='mxfp4'"],
+    ),
+    "more about the quantisation": (
+        {**GPT_OSS_20B, "quantization_config": {"quant_method": "mxfp4", "block_size": 16}},
+        ["'block_size': 16", "no other field than modules_to_not_convert"],
+    ),
+    "quantisation of another family": (
+        {**QWEN25_7B, "quantization_config": {"quant_method": "mxfp4"}},
+        ["unknown field quantization_config={'quant_method': 'mxfp4'}"],
+    ),
     "bias of the head": ({**PHI4_MINI, "lm_head_bias": True}, ["lm_head_bias=True"]),
 }
 

@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": {"architecture": "smollm3", "no_rope_layer_interval": 2},
     "mixtral": {"architecture": "mixtral"},
     "qwen3_moe": {"architecture": "qwen3_moe", "norm_topk_prob": True},
+    "gpt_oss_biases": {"architecture": "gpt_oss", "sliding_window": 7, "swiglu_limit": 1.0},
 }
 Checkpoint = Callable[..., Path]
 
@@ -56,7 +57,7 @@ def test_logits_are_those_of_ablation_at_all_sites(name: str, checkpoint: Checkp
     assert largest(expected - unedited) > 0.01 * largest(expected)  # it does something
 
 
-@pytest.mark.parametrize("name", ["tied", "biases"])
+@pytest.mark.parametrize("name", ["tied", "biases", "gpt_oss_biases"])
 def test_logits_are_those_of_hooks(name: str, checkpoint: Checkpoint):
     """Against transformers with the paper's hooks, which share no code with this."""
     path = checkpoint(**CONFIGS[name])
@@ -66,7 +67,7 @@ def test_logits_are_those_of_hooks(name: str, checkpoint: Checkpoint):
     assert_close(jr.logits(orthogonalize(model, direction()), ids(model)), expected, PARITY)
 
 
-@pytest.mark.parametrize("name", ["grouped", "tied_biases"])
+@pytest.mark.parametrize("name", ["grouped", "tied_biases", "gpt_oss_biases"])
 def test_nothing_is_written_along_the_direction(name: str, checkpoint: Checkpoint):
     model = jr.load_model(str(checkpoint(**CONFIGS[name])))
     edited = orthogonalize(model, direction())
@@ -127,7 +128,7 @@ def test_bfloat16_keeps_its_dtype(tiny_dir: Path):
     assert np.sqrt(np.mean((ours - exact) ** 2)) <= BFLOAT16 * np.sqrt(np.mean(exact**2))
 
 
-@pytest.mark.parametrize("name", ["tied", "biases"])
+@pytest.mark.parametrize("name", ["tied", "biases", "gpt_oss_biases"])
 def test_sharded_leaves_stay_sharded(name: str, checkpoint: Checkpoint):
     path = str(checkpoint(**CONFIGS[name]))
     mesh = sharding.make_mesh(data=2, model=2)
@@ -151,7 +152,10 @@ def test_every_leaf_that_ends_in_the_stream_is_known(name: str, checkpoint: Chec
     arch = jr.load_model(str(checkpoint(**CONFIGS[name]))).arch
     expected = {"embed", "blocks.o", "blocks.expert_down" if arch.experts else "blocks.down"}
     if "biases" in name:
-        expected |= {"blocks.o_bias", "blocks.down_bias"}
+        expected |= {
+            "blocks.o_bias",
+            "blocks.expert_down_bias" if arch.experts else "blocks.down_bias",
+        }
     assert set(weights.writers(arch)) == expected
 
 
@@ -193,7 +197,7 @@ def test_a_norm_behind_a_write_is_refused_unless_asked_for(
 # Activation addition
 
 
-@pytest.mark.parametrize("name", ["grouped", "tied", "biases", "head_width"])
+@pytest.mark.parametrize("name", ["grouped", "tied", "biases", "head_width", "gpt_oss_biases"])
 @pytest.mark.parametrize("layer", [1, L - 1])
 def test_a_baked_addition_is_the_addition(name: str, layer: int, checkpoint: Checkpoint):
     model = jr.load_model(str(checkpoint(**CONFIGS[name])))
@@ -202,7 +206,8 @@ def test_a_baked_addition_is_the_addition(name: str, layer: int, checkpoint: Che
     expected = jr.logits(model, ids(model), edit=edit)
     assert_close(jr.logits(baked, ids(model)), expected, PARITY, name)
     assert largest(expected - jr.logits(model, ids(model))) > 0.01 * largest(expected)
-    assert baked.arch.mlp_bias and baked.arch.tied_head == model.arch.tied_head
+    assert baked.arch.mlp_bias or baked.arch.expert_bias
+    assert baked.arch.tied_head == model.arch.tied_head
 
 
 def test_additions_add_up(model: Transformer):
