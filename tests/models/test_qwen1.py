@@ -54,13 +54,9 @@ def test_there_and_back(qwen1: Path) -> None:
     assert not theirs
 
 
-def test_prompts_longer_than_in_training_are_refused(qwen1: Path) -> None:
-    """Log-n attention and dynamic NTK act there; without both switches the limit is another."""
-    model = jr.load_model(str(qwen1))
-    with pytest.raises(ValueError, match=f"{T + 1} tokens exceeds the model's context of {T}"):
-        jr.logits(model, [[3] * (T + 1)])
-    plain = {**CONFIG, "vocab_size": 9, "use_dynamic_ntk": False, "use_logn_attn": False}
-    assert architecture(plain).context == 512
+def test_prompts_longer_than_the_context_are_refused(qwen1: Path) -> None:
+    with pytest.raises(ValueError, match="513 tokens exceeds the model's context of 512"):
+        jr.logits(jr.load_model(str(qwen1)), [[3] * 513])
 
 
 @pytest.mark.parametrize(
