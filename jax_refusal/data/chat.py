@@ -219,4 +219,9 @@ def _from_directory(source: Source) -> Any:
             return qwen_tokenizer.tokenizer_from_tiktoken(source.directory)
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        if "trust_remote_code" in str(error):
+            raise SourceError(
+                f"{source.name} has no tokenizer but a program of its own, which is never run. A "
+                f"tokenizer.json is needed, or for Qwen-1 its {qwen_tokenizer.FILE}."
+            ) from None
         raise SourceError(f"{source.name} has no usable tokenizer: {error}") from error
