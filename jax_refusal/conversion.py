@@ -31,7 +31,7 @@ from jax_refusal.report import card
 from jax_refusal.session import CHOICE
 from jax_refusal.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.study import orthogonalize as weights
-from jax_refusal.study.directions import IN_WORKDIR, check_width, read_direction
+from jax_refusal.study.directions import IN_WORKDIR, check_width, model_of, read_direction
 
 EDITS = ("none", "orthogonalize", "addition")
 FORMATS = ("hf", "orbax", "peft", "gguf-control-vector")
@@ -166,12 +166,7 @@ def _origin(request: Request) -> Origin:
             facts |= {"choice": choice, "thresholds": thresholds | {"pruned": c.prune_layers}}
     source = locate(request.source or config.model.source)
     found = fingerprint(source)
-    if recorded is not None and recorded != found:
-        raise ExportError(
-            f"{source.name} is not the model of {request.workdir}: its fingerprint is "
-            f"{found[:16]}..., the run's is {recorded[:16]}.... A direction belongs to the weights "
-            "it was found in."
-        )
+    _check_model(source, found, recorded, request.workdir)
     adapter = config.model.adapter
     if adapter and request.to == "peft":
         raise ExportError(
@@ -192,12 +187,23 @@ def _origin(request: Request) -> Origin:
     if request.edit != "none":
         path = request.direction or request.workdir
         direction = check_width(read_direction(path, request.tensor), arch.width, path)
-        file = Path(path) if request.direction else Path(path) / IN_WORKDIR
+        _check_model(source, found, model_of(path), path)
+        file = Path(path).expanduser()
+        file = file / IN_WORKDIR if file.is_dir() else file
         norm = float(np.linalg.norm(direction))
         facts["direction"] = {"file": str(file), "sha256": file_sha256(file), "norm": norm}
     return Origin(
         source, adapter, ignore, original, arch, dtype, direction, layer, facts | {"layer": layer}
     )
+
+
+def _check_model(source: Source, found: str, recorded: str | None, workdir: str) -> None:
+    """ExportError where a run was of other weights than these, by their fingerprints."""
+    if recorded not in (None, found):
+        raise ExportError(
+            f"{source.name} is not the model of {workdir}: its fingerprint is {found[:16]}..., the "
+            f"run's is {recorded[:16]}.... A direction belongs to the weights it was found in."
+        )
 
 
 def _edited(model: Transformer, request: Request, origin: Origin) -> Transformer:

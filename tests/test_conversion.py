@@ -277,6 +277,15 @@ def test_a_direction_of_other_weights_is_refused(
         )
 
 
+def test_a_workdir_as_the_direction(finished: Path, checkpoint: Checkpoint, tmp_path: Path):
+    """Its model is held against the source, as with --workdir."""
+    fields = {"direction": finished, "edit": "orthogonalize", "to": "peft", "out": tmp_path / "out"}
+    with pytest.raises(ExportError, match=r"is not the model of .*fingerprint is .*the run's is"):
+        converted(source=checkpoint(seed=1), **fields)
+    out = converted(source=checkpoint(), **fields)
+    assert "selection/direction.safetensors" in (out / "README.md").read_text()
+
+
 def test_a_run_without_a_direction_is_refused(finished: Path, tmp_path: Path):
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     (copy / "selection/direction.json").unlink()

@@ -2,19 +2,25 @@
 
 import importlib.util
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from jax_refusal import config as configs
 from jax_refusal.config import RunConfig
 from jax_refusal.data import templates
+from jax_refusal.models import transformer
+from jax_refusal.models.families import FAMILIES, WRAPPERS, architecture
 from jax_refusal.organism.config import OrganismConfig
 from tests import runs
+from tests.models import test_family_configs as published
 from tests.runs import ROOT, STAGES, launch
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -156,12 +162,17 @@ def test_an_error_of_the_study_is_one_line(nowhere, cache: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_that_ships_is_valid(path: Path):
+def loaded(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_ships_is_valid(path: Path):
+    module = loaded(path)
     assert module.__doc__ and f"configs/{path.name}" in module.__doc__
     config = module.get_config()
     if path.stem.startswith("organism"):
@@ -189,3 +200,83 @@ def test_the_13_models_of_the_paper_have_a_config():
         "paper/llama-2": 3,
         "paper/llama-3@published": 2,
     }
+
+
+# Config -> the family that its checkpoint names; the paper's 13 and the demo's among them.
+FAMILY = {
+    "llama_3_1_8b_instruct": "llama",
+    "mistral_7b_instruct": "mistral",
+    "qwen_1_8b_chat": "qwen",
+    "qwen2_5_7b_instruct": "qwen2",
+    "qwen3_8b": "qwen3",
+    "gemma_2b_it": "gemma",
+    "gemma_2_9b_it": "gemma2",
+    "gemma_3_4b_it": "gemma3",
+    "phi_3_mini_instruct": "phi3",
+    "olmo_2_7b_instruct": "olmo2",
+    "olmo_3_7b_instruct": "olmo3",
+    "smollm3_3b": "smollm3",
+    "ministral_3_3b_instruct": "mistral3",
+    "mixtral_8x7b_instruct": "mixtral",
+    "qwen3_30b_a3b_instruct": "qwen3_moe",
+}
+# Families without a config of their own, and why.
+WITHOUT = {
+    "gemma3_text": "inside gemma3",
+    "ministral3": "inside mistral3",
+    "gpt_oss": "comes with its config",
+    "gemma4": "comes with its config",
+    "gemma4_text": "inside gemma4",
+}
+
+
+def test_every_family_has_a_config():
+    stems = {path.stem for path in CONFIGS}
+    assert not set(FAMILY) - stems
+    families = FAMILIES.keys() | WRAPPERS.keys()
+    assert not families - set(FAMILY.values()) - set(WITHOUT)
+    assert set(FAMILY.values()) <= families and not set(FAMILY.values()) & set(WITHOUT)
+
+
+NEEDS = re.compile(
+    r"([\d.]+) billion weights of 2 bytes are ([\d.]+) GB: "
+    r"(\w+) GPUs? of 80 GB or (\w+) TPU v5e chips? of 16 GB"
+)
+WORDS = {"one": 1, "two": 2, "four": 4, "eight": 8, "16": 16}
+# Config -> the published config.json, where tests/models has one.
+SIZES = {
+    "gemma_2_9b_it": published.GEMMA2_9B,
+    "phi_4_mini_instruct": published.PHI4_MINI,
+    "smollm3_3b": published.SMOLLM3_3B,
+    "qwen2_5_7b_instruct": published.QWEN25_7B,
+    "qwen2_7b_instruct": published.QWEN25_7B,
+    "olmo_2_7b_instruct": published.OLMO2_7B,
+    "olmo_3_7b_instruct": published.OLMO3_7B,
+    "ministral_3_3b_instruct": published.MINISTRAL3_3B,
+    "mixtral_8x7b_instruct": published.MIXTRAL_8X7B,
+}
+
+
+def test_what_the_other_models_need_adds_up():
+    """Bytes, and that weights leave room: at most 64 GB on a GPU and 10 on a chip."""
+    found = {}
+    for path in CONFIGS:
+        module = loaded(path)
+        if "on a model that is not in it" not in module.__doc__:
+            continue
+        text = " ".join(module.__doc__.split())
+        assert "the paper has no number of it, and it was not run here" in text
+        needs = NEEDS.search(text)
+        assert needs, path.stem
+        billions, size = float(needs[1]), float(needs[2])
+        gpus, chips = WORDS[needs[3]], WORDS[needs[4]]
+        assert abs(size - 2 * billions) < 1 and size / gpus <= 64 and size / chips <= 10
+        assert size > (64 * gpus / 2) * (gpus > 1) and size > (10 * chips / 2) * (chips > 1)
+        config = module.get_config()
+        assert config.mesh.model == gpus and config.model.dtype == "bfloat16"
+        found[path.stem] = billions
+    assert len(found) >= 19
+    for stem, fields in SIZES.items():
+        arch = architecture(fields)
+        shapes = [transformer.shape(arch, axes) for axes in transformer.axes(arch).values()]
+        assert abs(sum(map(math.prod, shapes)) / 1e9 - found[stem]) < 0.006, stem

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from jax_refusal.data import templates
+from jax_refusal.data import qwen_tokenizer, templates
 from jax_refusal.data.templates import ChatError, Template
 from jax_refusal.sources import Source, SourceError, locate, read_json
 
@@ -227,7 +227,16 @@ def _rest_of_an_empty_block(text: str) -> str:
 def _from_directory(source: Source) -> Any:
     from transformers import AutoTokenizer
 
+    assert source.directory is not None
     try:
+        # Qwen-1's own tokenizer is a program that its checkpoints ship.
+        if (source.directory / qwen_tokenizer.FILE).is_file():
+            return qwen_tokenizer.tokenizer_from_tiktoken(source.directory)
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        if "trust_remote_code" in str(error):
+            raise SourceError(
+                f"{source.name} has no tokenizer but a program of its own, which is never run. A "
+                f"tokenizer.json is needed, or for Qwen-1 its {qwen_tokenizer.FILE}."
+            ) from None
         raise SourceError(f"{source.name} has no usable tokenizer: {error}") from error

@@ -46,11 +46,12 @@ def reply_loss(
         raise ValueError(
             f"{len(prompts.ids)} prompts need as many replies, none empty; given {len(replies)}."
         )
+    longest = max(len(ids) + len(reply) for ids, reply in zip(prompts.ids, replies, strict=True))
+    prompts = prompts.for_rows_of(longest, model.arch)
     pairs = [
         (ids[prompts.prefix :], reply) for ids, reply in zip(prompts.ids, replies, strict=True)
     ]
     lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
-    longest = prompts.prefix + max(lengths)
     if longest > model.arch.context:
         raise ValueError(
             f"A prompt and its reply have {longest} tokens and the model's context "

@@ -16,7 +16,9 @@ class Rope:
     """Rotary embedding: base angle, and how long contexts are scaled."""
 
     base: float
-    kind: str = "default"  # default, linear, llama3, yarn, longrope; none turns nothing
+    # default, linear, llama3, yarn, longrope; none turns nothing; prompt_ntk is Qwen-1's: its base
+    # grows with the length of the whole prompt, up to `factor` original contexts
+    kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -69,4 +71,11 @@ class Architecture:
     swiglu_limit: float = 0.0  # of experts: gate <= limit, |up| <= limit, and up + 1; 0 is none
     query_growth: float = 0.0  # queries are 1 + growth * log(1 + position // period) longer
     query_period: int = 0  # tokens
+    query_log: int = 0  # tokens; beyond, a query is log(position + 1) / log(this) times as long
     wrapped: bool = False  # the checkpoint holds more than this text model
+
+    @property
+    def steady(self) -> int:
+        """Tokens up to which the start of a prompt is computed the same however it goes on."""
+        grow = [rope.original_context for rope in self.ropes if rope.kind == "prompt_ntk"]
+        return min(grow, default=self.context)

@@ -26,6 +26,9 @@ class Tokens:
     ids: jax.Array  # [B, T] int32
     positions: jax.Array  # [B, T] int32, position of the token in its own prompt
     segments: jax.Array  # [B, T] int32
+    # [B, T] int32, how long the prompt of each token is, where a family asks (see `lengths`): given
+    # in decoding, where the prompt is in the cache; None counts what this pass holds.
+    lengths: jax.Array | None = None
 
     @classmethod
     def padded(cls, ids: jax.Array, mask: jax.Array | np.ndarray | None = None) -> "Tokens":
@@ -123,6 +126,14 @@ def write(
         return (*store[:layer], own, *store[layer + 1 :]), own
     store = jax.lax.dynamic_update_slice(store, new[None], (layer, *start))
     return store, store[layer]
+
+
+def lengths(tokens: Tokens) -> jax.Array:  # [B, T] int32
+    """How long the prompt of each token is: as given, or up to its last one in this pass."""
+    if tokens.lengths is not None:
+        return tokens.lengths
+    same = tokens.segments[:, :, None] == tokens.segments[:, None, :]
+    return jnp.where(same, tokens.positions[:, None, :], -1).max(-1) + 1
 
 
 def visible(

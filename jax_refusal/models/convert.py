@@ -121,6 +121,8 @@ def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
                 problems.append(f"{name} differs from the embedding it is said to be tied to")
         else:
             problems.append(f"unused {name} {tensor.shape}")
+    if names.HEAD in expected and names.HEAD not in tensors:
+        problems.append("(a head that is the embedding is said by tie_word_embeddings=true)")
     if problems:
         shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
         raise ConversionError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_refusal.models.architecture import Rope
-from jax_refusal.models.rope import frequencies
+from jax_refusal.models.rope import frequencies, frequencies_by_length
 
 # A float32 model is computed in float32 everywhere: TPUs would otherwise multiply in bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -54,8 +54,14 @@ def rope_angles(
     positions: jax.Array,  # [B, T]
     rope: Rope,
     width: int,  # W
+    lengths: jax.Array | None = None,  # [B, T] tokens of the whole prompt, for prompt_ntk
 ) -> tuple[jax.Array, jax.Array]:  # cos, sin [B, T, 1, W / 2], float32
     turns = frequencies(rope, width)[None, None, None]
+    if rope.kind == "prompt_ntk":
+        assert lengths is not None
+        each = jnp.asarray(frequencies_by_length(rope, width))
+        borders = rope.original_context * 2 ** jnp.arange(len(each) - 1)
+        turns = each[(lengths[..., None] > borders[None, None]).sum(-1)][:, :, None]
     turn = positions[..., None, None].astype(jnp.float32) * turns
     return jnp.cos(turn) * rope.attention_factor, jnp.sin(turn) * rope.attention_factor
 
@@ -137,3 +143,12 @@ def query_growth(
 ) -> jax.Array:  # [B, T, 1, 1]
     """How much longer queries are far from the start, so that attention stays as sharp there."""
     return 1 + growth * jnp.log1p(positions // period)[..., None, None].astype(jnp.float32)
+
+
+def query_log(
+    positions: jax.Array,  # [B, T]
+    base: int,  # tokens
+) -> jax.Array:  # [B, T, 1, 1]
+    """Log-n attention: 1 up to `base` tokens, then the logarithm of how many there are, by it."""
+    log = jnp.log1p(positions[..., None, None].astype(jnp.float32))
+    return jnp.maximum(log / jnp.log(jnp.float32(base)), 1.0)

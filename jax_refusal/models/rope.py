@@ -131,3 +131,14 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radia
         keep = 1 - np.clip(ramp, 0, 1)
         return 1 / (factor * powers) * (1 - keep) + plain * keep
     return plain
+
+
+def frequencies_by_length(rope: Rope, width: int) -> np.ndarray:  # [N, W / 2]
+    """Dynamic NTK as Qwen-1 has it, for prompts of up to 1, 2, 4, ... original contexts.
+
+    The base is multiplied by a ** (W / (W - 2)), where a = 2 ** ceil(log2(length / original) + 1)
+    - 1 is 1, 3, 7, ...
+    """
+    steps = range(math.ceil(math.log2(rope.factor)) + 1)
+    bases = [rope.base * (2 ** (step + 1) - 1) ** (width / (width - 2)) for step in steps]
+    return np.stack([frequencies(Rope(base=base), width) for base in bases])

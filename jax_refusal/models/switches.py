@@ -145,24 +145,36 @@ def one_rope(config: Config, default_base: float) -> Rope:
 
 
 def qwen(config: Config) -> Switches:
-    """Qwen-1: two halves make the MLP's width, and longer prompts than in training are refused.
+    """Qwen-1: two halves make the MLP's width, and two switches act beyond `seq_length` tokens.
 
-    Beyond `seq_length` the model scales queries by the log of their position (log-n attention) and
-    recomputes the rotary base from the prompt's length (dynamic NTK); up to it neither acts.
+    Log-n attention makes queries longer there, by their position. Dynamic NTK takes the rotary base
+    from the length of a row's prompt when it is read, and keeps it for the reply, as the published
+    code does. (That code counts the padding in front of a prompt as positions for log-n attention.
+    Here a prompt is what it is alone, whatever it shares a batch with.) Up to `seq_length` neither
+    acts, and where the context ends there neither is computed.
     """
     heads, channels = config["num_attention_heads"], config["kv_channels"]
     if heads * channels != config["hidden_size"]:
         raise UnsupportedModel(
             f"kv_channels={channels!r} x {heads} heads is not hidden_size={config['hidden_size']}."
         )
-    context = config["max_position_embeddings"]
-    if config.get("use_dynamic_ntk", True) or config.get("use_logn_attn", True):
-        context = min(context, config["seq_length"])
+    context, trained = config["max_position_embeddings"], config["seq_length"]
+    own: Switches = {}
+    if config.get("use_logn_attn", True) and context > trained:
+        own["query_log"] = trained
+    if config.get("use_dynamic_ntk", True) and context > trained:
+        rope = one_rope(config, 1e4)
+        if rope.kind != "default":
+            raise UnsupportedModel(f"rope type {rope.kind!r} cannot be had with use_dynamic_ntk.")
+        factor = context / trained
+        own["ropes"] = (
+            Rope(rope.base, kind="prompt_ntk", factor=factor, original_context=trained),
+        )
     return {
+        **own,
         "head_width": channels,
         "score_scale": channels**-0.5,
         "mlp_width": config["intermediate_size"] // 2,
-        "context": context,
     }
 
 

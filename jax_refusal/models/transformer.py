@@ -16,7 +16,7 @@ from flax import nnx
 from jax_refusal.interventions import Edit
 from jax_refusal.models import experts, layers
 from jax_refusal.models.architecture import Architecture
-from jax_refusal.models.cache import Cache, Tokens, visible, write
+from jax_refusal.models.cache import Cache, Tokens, lengths, visible, write
 from jax_refusal.sharding import constrain
 
 
@@ -246,10 +246,12 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
         return constrain(x, "batch", None, "embed")
 
-    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def angles(
+        self, positions: jax.Array, counted: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines of every rotary embedding in use, each [ropes, B, T, 1, W / 2]."""
         width = self.arch.rotary_width or self.arch.head_width
-        each = [layers.rope_angles(positions, rope, width) for rope in self.arch.ropes]
+        each = [layers.rope_angles(positions, rope, width, counted) for rope in self.arch.ropes]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
 
     def stream(
@@ -274,7 +276,8 @@ class Transformer(nnx.Module):
         if keep is not None and (span is not None or blocks is not None):
             raise ValueError("keep cannot be combined with span or blocks.")
         arch = self.arch
-        angles = self.angles(tokens.positions)
+        by_length = any(rope.kind == "prompt_ntk" for rope in arch.ropes)
+        angles = self.angles(tokens.positions, lengths(tokens) if by_length else None)
         context_positions, context_segments = tokens.positions, tokens.segments
         if cache is not None:
             start = cache.length
@@ -323,6 +326,8 @@ class Transformer(nnx.Module):
         growth = None
         if arch.query_growth:
             growth = layers.query_growth(tokens.positions, arch.query_growth, arch.query_period)
+        if arch.query_log:
+            growth = layers.query_log(tokens.positions, arch.query_log)
         windows = ropes = None
         if arch.windows:
             longest = jnp.iinfo(jnp.int32).max

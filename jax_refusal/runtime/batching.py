@@ -45,7 +45,12 @@ class Prompts:
                     f"The prompt of {instruction[:40]!r} does not end in the template's tokens "
                     f"{suffix}; its text runs into the template."
                 )
-        return cls(ids, min(prefix, min(map(len, ids)) - positions), positions)
+        prompts = cls(ids, min(prefix, min(map(len, ids)) - positions), positions)
+        return prompts if arch is None else prompts.for_rows_of(max(map(len, ids)), arch)
+
+    def for_rows_of(self, tokens: int, arch: Architecture) -> "Prompts":
+        """The same, sharing nothing where a row of so many tokens changes how it starts."""
+        return dataclasses.replace(self, prefix=0) if tokens > arch.steady else self
 
 
 def _check_fit(prompts: Sequence[Sequence[int]], arch: Architecture) -> None:

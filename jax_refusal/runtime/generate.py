@@ -76,6 +76,7 @@ def _generate(
             ids=token[:, None],
             positions=(position + step)[:, None],
             segments=jnp.ones((rows, 1), jnp.int32),
+            lengths=position[:, None],
         )
         ids = jax.lax.dynamic_update_slice(ids, jnp.where(finished, -1, token)[:, None], (0, step))
         finished = finished | jnp.isin(token, stop_ids)
@@ -122,6 +123,7 @@ def generate(
     Raises ContextError where a prompt and its reply would not fit the model's context.
     """
     check_room(prompts, max_new_tokens, model.arch)
+    prompts = prompts.for_rows_of(max(map(len, prompts.ids)), model.arch)
     if edit.unit.shape[0] not in (1, len(prompts.ids)):
         raise ValueError(
             f"The edit has {edit.unit.shape[0]} rows for {len(prompts.ids)} prompts; it needs one, "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_refusal.artifacts import MANIFEST, Workdir
 from jax_refusal.torch_file import read_torch
 
 # Below this share of the means' own length a difference is rounding, not a direction. (Block 0
@@ -109,6 +110,9 @@ def compare(one: str | Path, other: str | Path, tensor: str = "") -> list[str]:
     similar = cosine(*(found[path] for path in (one, other)))
     if np.isnan(similar).all():
         raise DirectionError(f"{one} or {other} is zero everywhere: there is no angle.")
+    models = {model_of(path) for path in (one, other)}
+    if len(models) == 2 and None not in models:
+        lines.append("these are runs of different weights, whose streams need not have like axes")
     if not similar.ndim:
         return [*lines, f"cosine {similar:.6f}"]
     if any(x.ndim == 1 for x in found.values()):
@@ -119,6 +123,14 @@ def compare(one: str | Path, other: str | Path, tensor: str = "") -> list[str]:
         return [*lines, f"nearest cell ({where}): cosine {similar[cell]:.6f}"]
     least, median, most = np.nanquantile(similar, (0, 0.5, 1))
     return [*lines, f"cosine of equal cells: {least:.6f} to {most:.6f}, median {median:.6f}"]
+
+
+def model_of(path: str | Path) -> str | None:
+    """The fingerprint of a workdir's model; None for a file, which does not say."""
+    path = Path(path).expanduser()
+    if not (path / MANIFEST).is_file():
+        return None
+    return Workdir.existing(path).manifest["identity"].get("model")
 
 
 def check_width(direction: np.ndarray, width: int, where: str) -> np.ndarray:  # [D]

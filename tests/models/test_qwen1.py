@@ -4,6 +4,7 @@ Qwen-1 is Qwen2 without grouped queries and tied heads, under other names: one t
 keys and values, and `w2` the half of the MLP that is activated.
 """
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,48 +15,15 @@ import pytest
 from safetensors.numpy import save_file
 
 import jax_refusal as jr
+from jax_refusal import config as configs
 from jax_refusal.models import convert
 from jax_refusal.models.families import UnsupportedModel, architecture
-from tests import tiny
+from tests import qwen1 as qwen1_files
+from tests import runs, tiny
 from tests.models.cases import SMALL, T
 from tests.models.test_families import everything, hf_everything, random_ids, stored
+from tests.qwen1 import AS, CONFIG
 from tests.tolerances import PARITY, assert_close
-
-# Qwen-1.8B-Chat's config.json, but for the sizes.
-CONFIG = {
-    "architectures": ["QWenLMHeadModel"],
-    "attn_dropout_prob": 0.0,
-    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
-    "bf16": False,
-    "emb_dropout_prob": 0.0,
-    "fp16": False,
-    "fp32": False,
-    "hidden_size": 32,
-    "initializer_range": 0.02,
-    "intermediate_size": 2 * 48,
-    "kv_channels": 8,
-    "layer_norm_epsilon": 1e-06,
-    "max_position_embeddings": 512,
-    "model_type": "qwen",
-    "no_bias": True,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 4,
-    "onnx_safe": None,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": T,
-    "softmax_in_fp32": False,
-    "tie_word_embeddings": False,
-    "tokenizer_class": "QWenTokenizer",
-    "transformers_version": "4.32.0",
-    "use_cache": True,
-    "use_cache_kernel": False,
-    "use_cache_quantization": False,
-    "use_dynamic_ntk": True,
-    "use_flash_attn": "auto",
-    "use_logn_attn": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -65,31 +33,7 @@ def oracle(checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def qwen1(oracle: Path, tmp_path: Path) -> Path:
-    tensors = stored(oracle)
-    renamed = {
-        "transformer.wte.weight": tensors["model.embed_tokens.weight"],
-        "transformer.ln_f.weight": tensors["model.norm.weight"],
-        "lm_head.weight": tensors["lm_head.weight"],
-    }
-    for layer in range(4):
-        old, new = f"model.layers.{layer}.", f"transformer.h.{layer}."
-        attn = f"{old}self_attn."
-        for kind in ("weight", "bias"):
-            renamed[f"{new}attn.c_attn.{kind}"] = np.concatenate(
-                [tensors[f"{attn}{name}_proj.{kind}"] for name in "qkv"]
-            )
-        renamed |= {
-            f"{new}attn.c_proj.weight": tensors[f"{attn}o_proj.weight"],
-            f"{new}ln_1.weight": tensors[f"{old}input_layernorm.weight"],
-            f"{new}ln_2.weight": tensors[f"{old}post_attention_layernorm.weight"],
-            f"{new}mlp.w1.weight": tensors[f"{old}mlp.up_proj.weight"],
-            f"{new}mlp.w2.weight": tensors[f"{old}mlp.gate_proj.weight"],
-            f"{new}mlp.c_proj.weight": tensors[f"{old}mlp.down_proj.weight"],
-        }
-    save_file(renamed, tmp_path / "model.safetensors")
-    vocab = len(tensors["model.embed_tokens.weight"])
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": vocab}))
-    return tmp_path
+    return qwen1_files.write_weights(tmp_path, stored(oracle), seq_length=T)
 
 
 def test_logits_and_residual_stream(qwen1: Path, oracle: Path) -> None:
@@ -110,13 +54,9 @@ def test_there_and_back(qwen1: Path) -> None:
     assert not theirs
 
 
-def test_prompts_longer_than_in_training_are_refused(qwen1: Path) -> None:
-    """Log-n attention and dynamic NTK act there; without both switches the limit is another."""
-    model = jr.load_model(str(qwen1))
-    with pytest.raises(ValueError, match=f"{T + 1} tokens exceeds the model's context of {T}"):
-        jr.logits(model, [[3] * (T + 1)])
-    plain = {**CONFIG, "vocab_size": 9, "use_dynamic_ntk": False, "use_logn_attn": False}
-    assert architecture(plain).context == 512
+def test_prompts_longer_than_the_context_are_refused(qwen1: Path) -> None:
+    with pytest.raises(ValueError, match="513 tokens exceeds the model's context of 512"):
+        jr.logits(jr.load_model(str(qwen1)), [[3] * 513])
 
 
 @pytest.mark.parametrize(
@@ -153,3 +93,29 @@ def test_a_fused_tensor_is_checked_as_a_whole(qwen1: Path) -> None:
     text = str(error.value)
     assert f"{name} has shape (95, 32), not (96, 32)" in text
     assert text.count("missing transformer.h.1.attn.c_attn.bias (96,)") == 1
+
+
+def test_a_study_of_the_hubs_layout(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """As configs/qwen_1_8b_chat.py has it, with its template and refusal tokens; no code is run."""
+    oracle = checkpoint(architecture="qwen2", num_key_value_heads=4, vocab_size=2432, **SMALL)
+    folder = qwen1_files.write_tokenizer(tmp_path / "model")
+    qwen1_files.write_weights(folder, stored(oracle))
+    config = importlib.import_module("configs.qwen_1_8b_chat").get_config()
+    fields = configs.identity(config) | runs.SMALL
+    fields |= {"model.source": str(folder), "data.source": "builtin", "refusal.token_ids": ()}
+    workdir = tmp_path / "run"
+    log = runs.run(configs.from_identity(fields), workdir)
+    assert runs.stages_run(log) == runs.STAGES
+    tokens = json.loads((workdir / "refusal_tokens.json").read_text())["tokens"]
+    assert [(token["token_id"], token["text"]) for token in tokens] == [(40, "I"), (AS, "As")]
+    assert not (folder / "it ran").exists()
+
+
+def test_the_four_sizes_differ_in_their_source_alone() -> None:
+    """So that the study above is theirs too."""
+    found = []
+    for size in ("1_8b", "7b", "14b", "72b"):
+        config = importlib.import_module(f"configs.qwen_{size}_chat").get_config()
+        found.append(configs.identity(config))
+        assert found[-1].pop("model.source").startswith("Qwen/Qwen-")
+    assert all(fields == found[0] for fields in found)

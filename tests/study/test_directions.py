@@ -114,6 +114,14 @@ def test_compare(tmp_path: Path):
     assert compare(tmp_path / "grid.pt", tmp_path / "grid.pt")[-1] == (
         "cosine of equal cells: 1.000000 to 1.000000, median 1.000000"
     )
+    other = workdir(tmp_path / "other", GRID[1, 2])
+    for folder, model in ((run, "a"), (other, "a")):
+        identity = {"format": 1, "identity": {"model": model}, "versions": {}, "stages": {}}
+        (folder / "manifest.json").write_text(json.dumps(identity))
+    assert len(compare(run, other)) == 3
+    identity["identity"]["model"] = "b"
+    (other / "manifest.json").write_text(json.dumps(identity))
+    assert "runs of different weights" in compare(run, other)[2]
     torch.save(torch.ones(9), tmp_path / "wide.pt")
     with pytest.raises(DirectionError, match=r"\(8,\) and \(9,\)"):
         compare(run, tmp_path / "wide.pt")

@@ -1,0 +1,17 @@
+"""Qwen2.5 7B Instruct: the study of the paper, on a model that is not in it.
+
+Command: python -m launch.run --config=configs/qwen2_5_7b_instruct.py --workdir=DIR
+Needs: 7.62 billion weights of 2 bytes are 15.2 GB: one GPU of 80 GB or two TPU v5e chips of 16 GB
+(--config.mesh.model=2; reckoned, not measured).
+Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
+template is the tokenizer's own.
+"""
+
+from jax_refusal.config import DataConfig, ModelConfig, RunConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(source="Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16"),
+        data=DataConfig(source="paper"),
+    )

@@ -1,0 +1,18 @@
+"""Qwen3 8B: the study of the paper, on a model that is not in it.
+
+Command: python -m launch.run --config=configs/qwen3_8b.py --workdir=DIR
+Needs: 8.19 billion weights of 2 bytes are 16.4 GB: one GPU of 80 GB or two TPU v5e chips of 16 GB
+(--config.mesh.model=2; reckoned, not measured).
+Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
+template is the tokenizer's own. A thinking model: prompts end after the empty think block, where
+the answer starts.
+"""
+
+from jax_refusal.config import DataConfig, ModelConfig, RunConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(source="Qwen/Qwen3-8B", dtype="bfloat16"),
+        data=DataConfig(source="paper"),
+    )
