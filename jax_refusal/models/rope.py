@@ -24,6 +24,7 @@ REQUIRED: dict[str, dict[str, str]] = {
     },
     "yarn": {"factor": "factor", **ORIGINAL},
     "longrope": {"short_factor": "short_factor", "long_factor": "", **ORIGINAL},
+    "proportional": {},
 }
 OPTIONAL: dict[str, dict[str, str]] = {
     "yarn": {
@@ -35,6 +36,7 @@ OPTIONAL: dict[str, dict[str, str]] = {
         "mscale_all_dim": "",
     },
     "longrope": {"factor": "", "attention_factor": ""},
+    "proportional": {"partial_rotary_factor": "share", "factor": "factor"},
 }
 
 
@@ -95,6 +97,9 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2], radians per t
         plain = np.zeros_like(plain)
     elif rope.kind == "linear":
         plain = plain / rope.factor
+    elif rope.kind == "proportional":
+        turning = int(rope.share * width // 2)
+        plain = np.where(channels / 2 < turning, plain, 0.0) / rope.factor
     elif rope.kind == "longrope":
         if len(rope.short_factor) != len(plain):
             raise UnsupportedModel(
