@@ -301,17 +301,17 @@ class Transformer(nnx.Module):
         arch = self.arch
         angles = self.angles(tokens.positions)
         context_positions, context_segments = tokens.positions, tokens.segments
+        memory, start = cache, jnp.int32(0)
         if cache is not None:
             start = cache.length
-            cache = cache.note(tokens)
+            cache = memory = cache.note(tokens)
             context_positions, context_segments = cache.positions, cache.segments
         if prefix is not None:
             context_positions = jnp.concatenate([prefix.positions, context_positions], 1)
             context_segments = jnp.concatenate([prefix.segments, context_segments], 1)
         allowed, distance = visible(tokens, context_positions, context_segments)
-        memory = cache
         if memory is None and arch.kv_of_layer:  # later layers read what earlier ones remember
-            memory, start = empty(arch, *tokens.ids.shape, x.dtype), 0
+            memory = empty(arch, x.shape[0], x.shape[1], x.dtype)
 
         def layer(carry, scanned):
             x, k_cache, v_cache = carry

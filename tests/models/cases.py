@@ -93,18 +93,12 @@ CASES: dict[str, dict[str, Any]] = {
         **KEYS_ARE_VALUES,
         "rope_parameters": GEMMA4_ROPES,
     },
-    "gemma4_text_small": {"architecture": "gemma4_text", **GEMMA4_SMALL},
-    "gemma4_text_experts": {
-        "architecture": "gemma4_text",
-        **GEMMA4,
-        **KEYS_ARE_VALUES,
-        **GEMMA4_EXPERTS,
-    },
     "gemma4_text_all_untied": {
         "architecture": "gemma4_text",
         **GEMMA4_SMALL,
         **GEMMA4_EXPERTS,
         **KEYS_ARE_VALUES,
+        "use_double_wide_mlp": False,
         "tie_word_embeddings": False,
     },
     "gemma4": {"architecture": "gemma4", **GEMMA4_SMALL},
@@ -185,8 +179,7 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
         {"rope_parameters": {**GEMMA4_ROPES, "full_attention": WHOLE_ROPE}},
         {"rope_parameters": None},
     ],
-    "gemma4_text_small": [{"sliding_window": T}],
-    "gemma4_text_experts": [{"top_k_experts": 2}],
+    "gemma4_text_all_untied": [{"sliding_window": T}, {"top_k_experts": 2}],
     "phi3_partial_window": [{"partial_rotary_factor": 1.0}, {"sliding_window": None}],
     "phi3_longrope": [{"rope_scaling": None}, {"max_position_embeddings": T}],
     "smollm3": [{"no_rope_layer_interval": 3}, {"no_rope_layers": [1] * 4}],
@@ -210,10 +203,8 @@ WINDOWS = [
     "smollm3_window_bias",
     "olmo3_yarn_bias",
     "ministral3_window_tied",
-    "gemma4_text",
     "gemma4_text_all_untied",
 ]
-UNROLLED = [*WINDOWS[:3], *WINDOWS[-2:]]  # decode over single layers
 
 
 def fields(name: str, **changed: Any) -> dict[str, Any]:

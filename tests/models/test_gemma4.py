@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import gemma4, kinds, lora, names
+from jax_refusal.models import gemma4, kinds, lora, names, transformer
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts
@@ -30,7 +30,7 @@ from tests.models.test_cache import one_by_one, sharing
 from tests.models.test_families import random_ids
 from tests.tolerances import INVARIANCE, PARITY, SCORES, assert_close, largest
 
-ALL = "gemma4_text_all_untied"  # every feature at once: L = 6, the last three share keys
+ALL = "gemma4_text_all_untied"  # all but a wider MLP: L = 6, the last three share keys
 L, D, LAST = 6, 32, 5
 Checkpoint = Callable[..., Path]
 
@@ -144,7 +144,10 @@ def test_nothing_is_padded(model: Transformer) -> None:
     assert shapes["local.q"] == (4, D, 4, 8) and shapes["global.q"] == (2, D, 4, 16)
     assert shapes["local.k"] == (2, D, 2, 8) and shapes["global.k"] == (1, D, 1, 16)
     assert "global.v" not in shapes and shapes["local.v"] == (2, D, 2, 8)
+    wide = dataclasses.replace(arch, wide_mlp=96)
+    shapes = {path: transformer.shape(wide, a) for path, a in transformer.axes(wide).items()}
     assert shapes["own.down"] == (3, 48, D) and shapes["sharing.down"] == (3, 96, D)
+    assert "blocks.down" not in shapes
     cache = empty(arch, 2, 7, model.dtype)
     assert cache.k.shape == (3, 2, 2, 8, 7) and cache.v.shape == (3, 2, 2, 7, 8)
 
@@ -183,9 +186,10 @@ def test_a_mesh_agrees(model: Transformer, path: Path) -> None:
 
 
 def test_every_leaf_that_ends_in_the_stream_is_known(model: Transformer) -> None:
-    attention, mlps = ("local.o", "global.o"), ("own.down", "sharing.down")
-    others = ("embed", "blocks.expert_down", "blocks.per_layer_out")
-    assert set(writers(model.arch)) == {*attention, *mlps, *others}
+    others = {"embed", "local.o", "global.o", "blocks.expert_down", "blocks.per_layer_out"}
+    assert set(writers(model.arch)) == {*others, "blocks.down"}
+    wide = dataclasses.replace(model.arch, wide_mlp=96)
+    assert set(writers(wide)) == {*others, "own.down", "sharing.down"}
 
 
 def test_no_adapter_where_layers_differ_in_shape(model: Transformer) -> None:
