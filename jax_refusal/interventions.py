@@ -32,6 +32,10 @@ class Edit(Protocol):
         """Edits x [B, T, D] at one site; `layer` is this layer's slice of `scanned`."""
         ...
 
+    def removal(self, layer: Any) -> Any:
+        """`layer` without what is put in: for a second write of one site, in the same layer."""
+        ...
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,9 @@ class Intervention:
         # The select makes identity bit-exact: `x + 0.0` makes 0.0 of -0.0, and 0 * inf is NaN.
         return jnp.where((remove != 0) | (add != 0), edited.astype(x.dtype), x)
 
+    def removal(self, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return layer[0], jnp.zeros_like(layer[1])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,9 @@ class Transform:
     """A researcher's own edit: a pure function at the same places, in the same scan.
 
     `function(params, site, layer, x) -> x` with site one of `SITES`, layer an int32 scalar and
-    x [B, T, D]; `params` is any pytree. Another function recompiles, other params do not.
+    x [B, T, D]; `params` is any pytree. Another function recompiles, other params do not. Where a
+    layer writes a second time behind its MLP (Gemma 4 with per-layer inputs), the function is
+    called once more as at `mlp_out`.
     """
 
     function: Callable[[Any, str, jax.Array, jax.Array], jax.Array] = dataclasses.field(
@@ -87,6 +96,9 @@ class Transform:
 
     def at_site(self, layer: jax.Array, site: str, x: jax.Array) -> jax.Array:  # x [B, T, D]
         return self.function(self.params, site, layer, x)
+
+    def removal(self, layer: jax.Array) -> jax.Array:
+        return layer
 
 
 def identity(num_layers: int, width: int) -> Intervention:

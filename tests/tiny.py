@@ -26,6 +26,28 @@ SYSTEM = "You are a helpful assistant"
 MERGES = 150
 
 PAD = {"pad_token_id": 0}  # where the family's own is beyond the tiny vocabulary
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "hidden_size_per_layer_input": 0,
+    "rope_theta": None,
+    "tie_word_embeddings": True,
+}
+GEMMA4_VISION = {
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "position_embedding_size": 8,
+    },
+}
 # Family -> its class in transformers, and fields that differ from those of `write_checkpoint`.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -52,6 +74,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma4_text": ("Gemma4ForCausalLM", GEMMA4),
+    "gemma4": ("Gemma4ForConditionalGeneration", {**GEMMA4, **GEMMA4_VISION}),
+    "gemma4_unified_text": ("Gemma4UnifiedForCausalLM", GEMMA4),
     "phi3": ("Phi3ForCausalLM", PAD),
     "olmo2": ("Olmo2ForCausalLM", {}),
     "smollm3": ("SmolLM3ForCausalLM", PAD),
@@ -65,7 +90,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # Multimodal: the fields that are not the text model's.
-INSIDE = {"gemma3": ("vision_config", "mm_tokens_per_image", "tie_word_embeddings")}
+INSIDE = {
+    "gemma3": ("vision_config", "mm_tokens_per_image", "tie_word_embeddings"),
+    "gemma4": ("vision_config", "tie_word_embeddings"),
+}
 
 
 CHAT_TEMPLATE = (
@@ -153,11 +181,15 @@ def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
     std scale / sqrt(D): the head then reads a normalised residual into logits of std `scale`,
     and each block writes more than the embedding did. Norm gains stay near 1 but differ from it,
     biases are small but not zero, so that a lost or exchanged tensor shows. Gemma stores the gain
-    as its distance from 1. Stacked experts [E, out, in] are as weights.
+    as its distance from 1, up to its third version. Stacked experts [E, out, in] are as weights;
+    scales of whole layers are as gains.
     """
-    centre, spread = (0.0, 0.3) if model.config.model_type.startswith("gemma") else (1.0, 0.1)
+    family = model.config.model_type
+    distance = family.startswith("gemma") and not family.startswith("gemma4")
+    centre, spread = (0.0, 0.3) if distance else (1.0, 0.1)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
+    scales = [pair for pair in model.named_buffers() if pair[0].endswith("layer_scalar")]
+    for name, weight in sorted([*model.named_parameters(), *scales]):
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim in (2, 3):
             value = noise * (scale / math.sqrt(weight.shape[-1]))

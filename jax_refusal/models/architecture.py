@@ -16,8 +16,8 @@ class Rope:
     """Rotary embedding: base angle, and how long contexts are scaled."""
 
     base: float
-    # default, linear, llama3, yarn, longrope; none turns nothing; prompt_ntk is Qwen-1's: its base
-    # grows with the length of the whole prompt, up to `factor` original contexts
+    # default, linear, llama3, yarn, longrope, proportional; none turns nothing; prompt_ntk is
+    # Qwen-1's: its base grows with the length of the whole prompt, up to `factor` original contexts
     kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -28,6 +28,7 @@ class Rope:
     original_context: int = 0  # tokens
     short_factor: tuple[float, ...] = ()  # longrope, one for each frequency
     attention_factor: float = 1.0  # cosine and sine are multiplied by it
+    share: float = 1.0  # proportional: of the channels, those that turn fastest; others do not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,33 @@ class Architecture:
     query_period: int = 0  # tokens
     query_log: int = 0  # tokens; beyond, a query is log(position + 1) / log(this) times as long
     wrapped: bool = False  # the checkpoint holds more than this text model
+    # Layers of several shapes, see `kinds`: those without a window have other heads, and the last
+    # ones may read the keys and values of an earlier layer.
+    global_head_width: int = 0  # K of layers without a window; 0 is one shape for all
+    global_kv_heads: int = 0  # G of them
+    keys_are_values: bool = False  # in them, but for norm and rotation
+    kv_of_layer: tuple[int, ...] = ()  # [L] the layer whose keys and values are read; () is its own
+    wide_mlp: int = 0  # F of layers that read another's; 0 is F
+    layer_scale: bool = False  # the stream is multiplied by a number at the end of each layer
+    per_layer_width: int = 0  # of what a token's own embedding for a layer holds; 0 is none
+    per_layer_vocab: int = 0
+    expert_width: int = 0  # F of experts beside an MLP; 0 is one or the other
+
+    @property
+    def cache_heads(self) -> int:
+        """Key/value heads of `head_width` that hold what any layer remembers of a token."""
+        wide = self.global_kv_heads * self.global_head_width // self.head_width
+        return max(self.kv_heads, wide)
+
+    @property
+    def cache_layers(self) -> int:
+        """The layers with keys and values of their own, which come first."""
+        own = [layer for layer, source in enumerate(self.kv_of_layer) if layer == source]
+        return len(own) if own else self.layers
+
+    def first_needed(self, layer: int) -> int:
+        """The earliest layer whose keys and values are read by `layer` or one behind it."""
+        return min(self.kv_of_layer[layer:], default=layer)
 
     @property
     def steady(self) -> int:

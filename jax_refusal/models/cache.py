@@ -48,6 +48,7 @@ class Cache:
 
     k: jax.Array | tuple[jax.Array, ...]  # [L, B, G, K, C], or L times [B, G, K, C]
     v: jax.Array | tuple[jax.Array, ...]  # [L, B, G, C, K], or L times [B, G, C, K]
+    # L are the layers with keys of their own; where heads are of two widths, see `kinds`.
     positions: jax.Array  # [B, C]
     segments: jax.Array  # [B, C], PADDING where nothing is stored
     length: jax.Array  # int32 scalar: the slot that the next token goes to
@@ -100,7 +101,7 @@ class Cache:
 
 
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape, axes = (arch.layers, rows, arch.kv_heads), ("layers", "batch", "kv_heads")
+    shape, axes = (arch.cache_layers, rows, arch.cache_heads), ("layers", "batch", "kv_heads")
     k, v = (*shape, arch.head_width, slots), (*shape, slots, arch.head_width)
     return Cache(
         k=constrain(jnp.zeros(k, dtype), *axes, "head_width", None),
@@ -117,13 +118,19 @@ def write(
     new: jax.Array,  # [B, G, K, T] or [B, G, T, K]
     slot: jax.Array,
     axis: int,  # of a layer's slots: 3 of keys, 2 of values
+    keep: jax.Array | bool = False,  # what lies there stays: static where the layers are unrolled
 ) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
     """Puts tokens into one layer's slots, in place where jit can; also returns that layer."""
     start = [slot if i == axis else 0 for i in range(4)]
     if isinstance(store, tuple):
         assert isinstance(layer, int)
+        if keep:
+            return store, store[layer]
         own = jax.lax.dynamic_update_slice(store[layer], new, start)
         return (*store[:layer], own, *store[layer + 1 :]), own
+    if keep is not False:
+        old = jax.lax.dynamic_slice(store, (layer, *start), (1, *new.shape))[0]
+        new = jnp.where(keep, old, new)
     store = jax.lax.dynamic_update_slice(store, new[None], (layer, *start))
     return store, store[layer]
 

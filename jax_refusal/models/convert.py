@@ -175,10 +175,11 @@ def _stored(
 def _each(
     arch: Architecture, row: Row, count: list[range]
 ) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The numbers that a row's name counts, and its name with them."""
+    """The places that a row's name counts, and its name with their numbers."""
     axes = names.numbered(arch, row)
     for index in itertools.product(*count):
-        numbers = dict(zip((NUMBERS[axis] for axis in axes), index, strict=True))
+        places = zip(axes, index, strict=True)
+        numbers = {NUMBERS[axis]: names.number(arch, axis, i) for axis, i in places}
         yield index, row.name.format(**numbers)
 
 

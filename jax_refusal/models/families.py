@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_refusal.models import switches
+from jax_refusal.models import gemma4_config, switches
 from jax_refusal.models.architecture import Architecture, UnsupportedModel
 from jax_refusal.models.refused import REFUSED
 from jax_refusal.models.switches import Config, Switches
@@ -161,6 +161,8 @@ FAMILIES: dict[str, Family] = {
         read=switches.gemma3,
         naming="gemma2",
     ),
+    "gemma4_text": Family(**gemma4_config.TEXT),
+    "gemma4_unified_text": Family(**gemma4_config.UNIFIED),
     "phi3": Family(
         fields="""original_max_position_embeddings partial_rotary_factor sliding_window
             resid_pdrop embd_pdrop attention_bias mlp_bias lm_head_bias interpolation_factor
@@ -248,6 +250,8 @@ WRAPPERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "mm_tokens_per_image boi_token_index eoi_token_index image_token_index",
         ("gemma3_text",),
     ),
+    "gemma4": (gemma4_config.WRAPPER, ("gemma4_text",)),
+    "gemma4_unified": (gemma4_config.WRAPPER, ("gemma4_unified_text",)),
     "mistral3": (
         "image_token_index multimodal_projector_bias projector_hidden_act spatial_merge_size "
         "vision_feature_layer",

@@ -14,11 +14,15 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from jax_refusal.models import transformer
+from jax_refusal.models import kinds, transformer
 from jax_refusal.models.architecture import Architecture
 
 # What stands for a number in a name, and the axis of the leaf that it counts along.
-NUMBERS = {"layers": "layer", "experts": "expert"}
+NUMBERS = {
+    "layers": "layer",
+    "experts": "expert",
+    **{axis: axis.removesuffix("s") for axis in kinds.SOME_LAYERS},
+}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = (
@@ -128,10 +132,64 @@ FUSED = (
     (BLOCK + "mlp.gate_up_proj.weight", "blocks.up", "mlp embed"),
     (BLOCK + "mlp.down_proj.weight", "blocks.down", "embed mlp"),
 )
+# Where layers differ in shape, {local_layer} stands for the number of a local one, and so on.
+GEMMA4_KINDS = tuple(
+    (f"model.layers.{{{own}{kind}_layer}}.self_attn.{name}.weight", f"{kind}.{leaf}", layout)
+    for kind, heads, width in (
+        ("local", "kv_heads", "head_width"),
+        ("global", "global_kv_heads", "global_head_width"),
+    )
+    for own, name, leaf, layout in (
+        ("", "q_proj", "q", f"(heads {width}) embed"),
+        ("own_", "k_proj", "k", f"({heads} {width}) embed"),
+        ("own_", "v_proj", "v", f"({heads} {width}) embed"),
+        ("", "o_proj", "o", f"embed (heads {width})"),
+        ("", "q_norm", "q_norm", width),
+        ("own_", "k_norm", "k_norm", width),
+    )
+)
+GEMMA4_MLPS = tuple(
+    (f"model.layers.{{{part}_layer}}.mlp.{leaf}_proj.weight", f"{part}.{leaf}", layout)
+    for part, narrow in (("own", "mlp"), ("sharing", "wide_mlp"))
+    for leaf, layout in (
+        ("gate", f"{narrow} embed"),
+        ("up", f"{narrow} embed"),
+        ("down", f"embed {narrow}"),
+    )
+)
+GEMMA4 = (
+    *GEMMA4_KINDS,
+    *GEMMA4_MLPS,
+    (BLOCK + "router.proj.weight", "blocks.router", "experts embed"),
+    (BLOCK + "router.scale", "blocks.router_scale", "embed"),
+    (BLOCK + "router.per_expert_scale", "blocks.expert_scale", "experts"),
+    (BLOCK + "experts.gate_up_proj", "blocks.expert_gate", "experts expert_mlp embed"),
+    (BLOCK + "experts.gate_up_proj", "blocks.expert_up", "experts expert_mlp embed"),
+    (BLOCK + "experts.down_proj", "blocks.expert_down", "experts embed expert_mlp"),
+    (BLOCK + "pre_feedforward_layernorm_2.weight", "blocks.expert_norm", "embed"),
+    (BLOCK + "post_feedforward_layernorm_2.weight", "blocks.expert_post_norm", "embed"),
+    (BLOCK + "post_feedforward_layernorm_1.weight", "blocks.dense_post_norm", "embed"),
+    (BLOCK + "per_layer_input_gate.weight", "blocks.per_layer_gate", "per_layer embed"),
+    (BLOCK + "per_layer_projection.weight", "blocks.per_layer_out", "embed per_layer"),
+    (BLOCK + "post_per_layer_input_norm.weight", "blocks.per_layer_post_norm", "embed"),
+    (BLOCK + "layer_scalar", "blocks.scale", "scalar"),
+    (
+        "model.embed_tokens_per_layer.weight",
+        "per_layer_embed",
+        "per_layer_vocab (layers per_layer)",
+    ),
+    (
+        "model.per_layer_model_projection.weight",
+        "per_layer_context",
+        "(layers per_layer) embed",
+    ),
+    ("model.per_layer_projection_norm.weight", "per_layer_norm", "per_layer"),
+)
 
 NAMING = {
     "llama": (*TOP, *PRE_NORMS, *ATTENTION, *HEAD_NORMS, *MLP),
     "gemma2": (*TOP, *FOUR_NORMS, *ATTENTION, *HEAD_NORMS, *MLP),
+    "gemma4": (*TOP, *FOUR_NORMS, *MLP, *GEMMA4),
     "olmo2": (*TOP, *POST_NORMS, *ATTENTION, *PROJECTION_NORMS, *MLP),
     "phi3": (*TOP, *PRE_NORMS, *FUSED),
     "qwen": QWEN1,
@@ -153,7 +211,12 @@ PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-OTHER_MODALITIES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+OTHER_MODALITIES = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio"
+    r"|vision_embedder)\..*"
+)
+# Gemma 4's files hold these of layers that read another layer's keys too, and nothing uses them.
+UNREAD = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.weight")
 
 
 # Halves of a tensor that lies in MXFP4; see `mxfp4`.
@@ -218,8 +281,13 @@ def numbered(arch: Architecture, row: Row) -> list[str]:
     return [axis for axis in axes if f"{{{NUMBERS.get(axis)}}}" in row.name]
 
 
+def number(arch: Architecture, axis: str, index: int) -> int:
+    """What stands in a name for one place along an axis: of some layers, the layer's number."""
+    return kinds.members(arch)[axis][index] if axis in kinds.SOME_LAYERS else index
+
+
 def counts(arch: Architecture, row: Row) -> list[range]:
-    """The numbers along each of those axes."""
+    """The places along each of those axes."""
     return [range(size) for size in transformer.shape(arch, numbered(arch, row))]
 
 
@@ -245,6 +313,9 @@ def unwrapped(arch: Architecture, tensors: Mapping[str, Stored]) -> dict[str, St
                 continue
             prefix = next((p for p in PREFIXES if name.startswith(p)), "")
             name = PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+        unread = UNREAD.fullmatch(name) if arch.kv_of_layer else None
+        if unread and int(unread[1]) >= arch.cache_layers:
+            continue
         if not IGNORED.fullmatch(name):
             found[name] = tensor
     return found

@@ -24,6 +24,7 @@ REQUIRED: dict[str, dict[str, str]] = {
     },
     "yarn": {"factor": "factor", **ORIGINAL},
     "longrope": {"short_factor": "short_factor", "long_factor": "", **ORIGINAL},
+    "proportional": {},
 }
 OPTIONAL: dict[str, dict[str, str]] = {
     "yarn": {
@@ -35,6 +36,7 @@ OPTIONAL: dict[str, dict[str, str]] = {
         "mscale_all_dim": "",
     },
     "longrope": {"factor": "", "attention_factor": ""},
+    "proportional": {"partial_rotary_factor": "share", "factor": "factor"},
 }
 
 
@@ -100,6 +102,9 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radia
         return np.zeros_like(plain)
     if rope.kind == "linear":
         return plain / np.float32(rope.factor)
+    if rope.kind == "proportional":
+        turning = int(rope.share * width // 2)
+        return np.where(channels / 2 < turning, plain, 0) / np.float32(rope.factor)
     if rope.kind == "longrope":
         if len(rope.short_factor) != len(plain):
             raise UnsupportedModel(

@@ -7,6 +7,7 @@ N prefix tokens, R edit rows (1 or B).
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_refusal.interventions import Edit
-from jax_refusal.models import experts, layers
+from jax_refusal.models import experts, gemma4, kinds, layers
 from jax_refusal.models.architecture import Architecture
-from jax_refusal.models.cache import Cache, Tokens, lengths, visible, write
+from jax_refusal.models.cache import Cache, Tokens, empty, lengths, visible, write
 from jax_refusal.sharding import constrain
 
 
@@ -57,7 +58,13 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     top = {"embed": ("vocab", "embed"), "final_norm": ("embed",)}
     if not arch.tied_head:
         top["head"] = ("embed", "vocab")
-    return top | {f"blocks.{name}": ("layers", *a) for name, a in block.items()}
+    top, block = top | gemma4.top_axes(arch), block | gemma4.block_axes(arch)
+    found = top | {f"blocks.{name}": ("layers", *a) for name, a in block.items()}
+    if arch.global_head_width:
+        apart = kinds.axes(arch)
+        names = {path.split(".")[1] for path in apart}
+        found = {path: a for path, a in found.items() if path.split(".")[-1] not in names} | apart
+    return found
 
 
 def shape(arch: Architecture, logical: Sequence[str]) -> tuple[int, ...]:
@@ -70,6 +77,8 @@ def shape(arch: Architecture, logical: Sequence[str]) -> tuple[int, ...]:
         "mlp": arch.mlp_width,
         "experts": arch.experts,
         "vocab": arch.vocab,
+        **gemma4.sizes(arch),
+        **kinds.sizes(arch),
     }
     return tuple(sizes[name] for name in logical)
 
@@ -116,6 +125,16 @@ class Block(nnx.Module):
     expert_up_bias: nnx.Param
     expert_down_bias: nnx.Param
     sinks: nnx.Param
+    router_scale: nnx.Param  # an MLP beside the experts, and norms of each
+    expert_scale: nnx.Param
+    expert_norm: nnx.Param
+    expert_post_norm: nnx.Param
+    dense_post_norm: nnx.Param
+    per_layer_gate: nnx.Param
+    per_layer_out: nnx.Param
+    per_layer_post_norm: nnx.Param
+    scale: nnx.Param
+    stacks: kinds.Stacks  # of this layer, in an unrolled model whose layers differ in shape
 
     def __init__(
         self, arch: Architecture, leaves: Mapping[str, jax.Array], outputs_first: bool = False
@@ -129,18 +148,28 @@ class Block(nnx.Module):
         self,
         x: jax.Array,  # [B, T, D]
         at: Callable[[str, jax.Array], jax.Array],
-        angles: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        attention: Callable[[jax.Array], jax.Array],
+        mlp: Callable[[jax.Array], jax.Array],
+        own: jax.Array | None = None,  # [B, T, W] of `per_layer_inputs`
     ) -> jax.Array:
-        """The residual arithmetic, written once. `at(site, x)` reads and edits the stream."""
+        """The residual arithmetic, written once. `at(site, x)` reads and edits the stream.
+
+        A gated input of the layer's own is one more write (see `gemma4`): an edit at `mlp_out`
+        takes out of it what it takes out of the MLP's, and puts nothing in a second time.
+        """
         pre, post = self.arch.pre_norm, self.arch.post_norm
         x = at("resid_pre", x)
-        out = self.attention(self.normed(x, self.attn_norm) if pre else x, angles, attend)
+        out = attention(self.normed(x, self.attn_norm) if pre else x)
         x = x + at("attn_out", self.normed(out, self.attn_post_norm) if post else out)
-        out = self.mlp(self.normed(x, self.mlp_norm) if pre else x)
-        return x + at("mlp_out", self.normed(out, self.mlp_post_norm) if post else out)
+        out = mlp(self.normed(x, self.mlp_norm) if pre else x)
+        if self.arch.expert_width:
+            out = gemma4.with_experts(self, out, x)
+        x = x + at("mlp_out", self.normed(out, self.mlp_post_norm) if post else out)
+        if own is not None:
+            x = x + at("per_layer_out", gemma4.gated_input(self, x, own))
+        return x * self.scale[None, None] if self.arch.layer_scale else x
 
-    def normed(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
+    def normed(self, x: jax.Array, scale: nnx.Param | jax.Array) -> jax.Array:
         return layers.rms_norm(x, scale[...], self.arch.norm_epsilon, self.arch.norm)
 
     def attention(
@@ -165,7 +194,7 @@ class Block(nnx.Module):
     def mlp(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         with jax.named_scope("mlp"):
             activation = layers.ACTIVATIONS[self.arch.activation]
-            if self.arch.experts:
+            if self.arch.experts and not self.arch.expert_width:
                 count, add_up = self.arch.experts_per_token, self.arch.shares_add_up
                 router_bias = biases = None
                 if self.arch.expert_bias:
@@ -192,6 +221,11 @@ PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 class Transformer(nnx.Module):
     """A decoder-only chat model. A pytree: pass it to plain jax.jit, scan, vmap and grad."""
 
+    stacks: kinds.Stacks  # where layers are of several shapes
+    per_layer_embed: nnx.Param  # where layers have inputs of their own
+    per_layer_context: nnx.Param
+    per_layer_norm: nnx.Param
+
     def __init__(self, arch: Architecture, leaves: Mapping[str, Any]):
         """leaves: path -> array, exactly the paths of `axes(arch)`."""
         expected = axes(arch)
@@ -204,6 +238,10 @@ class Transformer(nnx.Module):
         self.final_norm = nnx.Param(leaves["final_norm"])
         self.head = None if arch.tied_head else nnx.Param(leaves["head"])
         self.blocks = Block(arch, block)
+        if arch.global_head_width:
+            self.stacks = kinds.Stacks({path: leaves[path] for path in kinds.axes(arch)})
+        for name in gemma4.top_axes(arch):
+            setattr(self, name, nnx.Param(leaves[name]))
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -211,11 +249,14 @@ class Transformer(nnx.Module):
 
     def leaves(self) -> dict[str, jax.Array]:
         """Path -> array; `Transformer(arch, leaves)` builds the same model again."""
-        names = axes(self.arch)
-        return {
-            path: getattr(self.blocks if "." in path else self, path.split(".")[-1])[...]
-            for path in names
-        }
+        found = {}
+        for path in axes(self.arch):
+            group, _, name = path.rpartition(".")
+            if group in ("", "blocks"):
+                found[path] = getattr(self.blocks if group else self, name)[...]
+            else:
+                found[path] = self.stacks.get(path)
+        return found
 
     def unrolled(self) -> tuple[Block, ...]:
         """The L blocks one by one, outputs of projections first. A loop that runs them many times
@@ -230,10 +271,14 @@ class Transformer(nnx.Module):
             if name in leaves:
                 axes = tuple(range(1, 1 + inputs))
                 leaves[name] = jnp.moveaxis(leaves[name], axes, tuple(range(-inputs, 0)))
-        return tuple(
+        blocks = tuple(
             Block(self.arch, {name: leaf[i] for name, leaf in leaves.items()}, outputs_first=True)
             for i in range(self.arch.layers)
         )
+        if self.arch.global_head_width:
+            for i, block in enumerate(blocks):
+                block.stacks = kinds.of_layer(self.arch, self.stacks, i)
+        return blocks
 
     def __call__(self, tokens: Tokens, edit: Edit, **options: Any) -> Output:
         """Runs tokens through all layers; options as in `stream`."""
@@ -246,10 +291,13 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
         return constrain(x, "batch", None, "embed")
 
-    def angles(
-        self, positions: jax.Array, counted: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines of every rotary embedding in use, each [ropes, B, T, 1, W / 2]."""
+    def angles(self, positions: jax.Array, counted: jax.Array | None = None) -> Any:
+        """Cosines and sines of every rotary embedding in use, each [ropes, B, T, 1, W / 2]; or one
+        by one [B, T, 1, W / 2], local and global, where they are of different widths."""
+        if self.arch.global_head_width:
+            widths = (self.arch.head_width, self.arch.global_head_width)
+            pairs = zip(self.arch.ropes, widths, strict=True)
+            return tuple(layers.rope_angles(positions, rope, width) for rope, width in pairs)
         width = self.arch.rotary_width or self.arch.head_width
         each = [layers.rope_angles(positions, rope, width, counted) for rope in self.arch.ropes]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
@@ -271,7 +319,8 @@ class Transformer(nnx.Module):
 
         Every path goes through here: collection, packed scoring, prefill, decode, training.
         `span` starts at a saved stream or stops early; the layers outside it leave stream and cache
-        as they are, and keep nothing.
+        as they are, and keep nothing; so it has to start at `arch.first_needed(layer)` for all
+        that runs to find the keys that it reads.
         """
         if keep is not None and (span is not None or blocks is not None):
             raise ValueError("keep cannot be combined with span or blocks.")
@@ -279,33 +328,46 @@ class Transformer(nnx.Module):
         by_length = any(rope.kind == "prompt_ntk" for rope in arch.ropes)
         angles = self.angles(tokens.positions, lengths(tokens) if by_length else None)
         context_positions, context_segments = tokens.positions, tokens.segments
+        memory, start = cache, jnp.int32(0)
         if cache is not None:
             start = cache.length
-            cache = cache.note(tokens)
+            cache = memory = cache.note(tokens)
             context_positions, context_segments = cache.positions, cache.segments
         if prefix is not None:
             context_positions = jnp.concatenate([prefix.positions, context_positions], 1)
             context_segments = jnp.concatenate([prefix.segments, context_segments], 1)
         allowed, distance = visible(tokens, context_positions, context_segments)
+        if memory is None and arch.kv_of_layer:  # later layers read what earlier ones remember
+            memory = empty(arch, x.shape[0], x.shape[1], x.dtype)
 
         def layer(carry, scanned):
             x, k_cache, v_cache = carry
-            index, block, window, rope, edit_layer, prefix_kv = scanned
-            kept = {}
+            index, block, window, rope, edit_layer, prefix_kv, own_input = scanned
+            source, shared, kept = index, False, {}
+            if arch.kv_of_layer:
+                source = kinds.by_layer(arch.kv_of_layer, index)
+                shared = source != index
+                prefix_kv = None if prefix is None else (prefix.k[source], prefix.v[source])
 
             def at(site, x):
                 if keep is not None and site in sites:
                     kept[site] = jnp.take_along_axis(x, keep[..., None], 1)
-                return constrain(edit.at_site(edit_layer, site, x), "batch", None, "embed")
+                own = edit_layer
+                if site == "per_layer_out":
+                    site, own = "mlp_out", edit.removal(edit_layer)
+                return constrain(edit.at_site(own, site, x), "batch", None, "embed")
 
-            def attend(q, k, v):
+            def remember(k, v):
                 nonlocal k_cache, v_cache
-                if cache is not None:
-                    k_cache, k = write(k_cache, index, k, start, 3)
-                    v_cache, v = write(v_cache, index, v, start, 2)
+                if memory is not None:
+                    k_cache, k = write(k_cache, source, k, start, 3, shared)
+                    v_cache, v = write(v_cache, source, v, start, 2, shared)
                 if prefix_kv is not None:
                     k = jnp.concatenate([prefix_kv[0], k], 3)
                     v = jnp.concatenate([prefix_kv[1], v], 2)
+                return k, v
+
+            def look(q, k, v):
                 if growth is not None:
                     q = q * growth.astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
@@ -314,8 +376,15 @@ class Transformer(nnx.Module):
                     q, k, v, near, arch.score_scale, arch.score_cap, sinks
                 )
 
-            own = jax.tree.map(lambda a: a[0 if rope is None else rope], angles)
-            x = block(x, at, own, attend)
+            if arch.global_head_width:
+                where = (arch, self.stacks if blocks is None else block.stacks, index)
+                attention = partial(kinds.attention, *where, angles, remember, look)
+            else:
+                own = jax.tree.map(lambda a: a[0 if rope is None else rope], angles)
+                attend = lambda q, k, v: look(q, *remember(k, v))  # noqa: E731
+                attention = partial(block.attention, angles=own, attend=attend)
+            mlp = partial(kinds.mlp, *where) if arch.wide_mlp else block.mlp
+            x = block(x, at, attention, mlp, own_input)
             return (x, k_cache, v_cache), kept
 
         def layer_in_span(carry, scanned):
@@ -338,9 +407,10 @@ class Transformer(nnx.Module):
             windows,
             ropes,
             edit.scanned(arch.layers),
-            None if prefix is None else (prefix.k, prefix.v),
+            None if prefix is None or arch.kv_of_layer else (prefix.k, prefix.v),
+            gemma4.per_layer_inputs(self, tokens.ids) if arch.per_layer_width else None,
         )
-        carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
+        carry = (x, None, None) if memory is None else (x, memory.k, memory.v)
         body = layer if span is None else layer_in_span
         if blocks is None:
             scanned = (jnp.arange(arch.layers), self.blocks, *scanned)

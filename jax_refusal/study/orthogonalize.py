@@ -32,12 +32,30 @@ WRITERS = frozenset(
         "blocks.down_bias",
         "blocks.expert_down",  # of every expert
         "blocks.expert_down_bias",
+        *("local.o", "global.o", "own.down", "sharing.down"),  # of layers of several shapes
+        "blocks.per_layer_out",
     }
 )
 # Leaves of that shape that write nothing: gains of norms in front of a block or of the head.
-READERS = frozenset({"blocks.attn_norm", "blocks.mlp_norm", "final_norm"})
+READERS = frozenset(
+    {
+        "blocks.attn_norm",
+        "blocks.mlp_norm",
+        "blocks.expert_norm",
+        "blocks.router_scale",
+        "final_norm",
+    }
+)
 # Gains of norms between a write and the stream, where a projection of the weights is not exact.
-POST_NORMS = frozenset({"blocks.attn_post_norm", "blocks.mlp_post_norm"})
+POST_NORMS = frozenset(
+    {
+        "blocks.attn_post_norm",
+        "blocks.mlp_post_norm",
+        "blocks.expert_post_norm",
+        "blocks.dense_post_norm",
+        "blocks.per_layer_post_norm",
+    }
+)
 # Families whose Hugging Face config has `mlp_bias`, so that a bias baked in can be stored.
 MLP_BIAS_FAMILIES = frozenset({"llama"})
 
@@ -71,8 +89,9 @@ def orthogonalize(
     """A model that cannot write along `direction`: its logits are those of `ablate` at all sites.
 
     A tied head is untied first, since only the embedding writes. approximate: go on where a norm
-    stands between a write and the stream, which the result then equals only nearly. Raises
-    WeightEditError, and DirectionError for another width.
+    stands between a write and the stream, which the result then equals only nearly; inputs that
+    layers make of the embedding (Gemma 4) change with it then too. Raises WeightEditError, and
+    DirectionError for another width.
     """
     arch = model.arch
     edited = writers(arch)

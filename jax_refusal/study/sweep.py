@@ -144,6 +144,29 @@ def _induce(
     return jnp.where(rows.valid, scores.reshape(C, M, X), 0).sum((1, 2))
 
 
+@jax.jit
+def _induce_later(
+    model: Transformer,
+    streams: Streams,  # in front of an earlier layer, `start`
+    rows: Rows,
+    vectors: jax.Array,  # [C, D]
+    start: jax.Array,
+    layer: jax.Array,
+    token_ids: jax.Array,
+) -> jax.Array:
+    """The sums of `_induce` where `layer`, or one behind it, reads keys of layers before it."""
+    C, (M, X) = vectors.shape[0], rows.last.shape
+    none, shape = jnp.zeros_like(vectors), (model.arch.layers, len(iv.SITES), C)
+    here = jnp.arange(model.arch.layers)[:, None] == layer
+    here &= (jnp.arange(len(iv.SITES)) == iv.SITES.index("resid_pre"))[None]
+    gates = jnp.broadcast_to(here[..., None], shape).astype(jnp.float32)
+    edit = iv.Intervention(unit=none, vector=vectors, remove=jnp.zeros(shape), add=gates)
+    span = (start, jnp.int32(model.arch.layers))
+    out = _run(model, _tiled(streams, C), rows, edit, C, span)
+    scores = refusal_score(model.unembed(at_slots(out.x, _tiled(rows.last, C))), token_ids)
+    return jnp.where(rows.valid, scores.reshape(C, M, X), 0).sum((1, 2))
+
+
 class Sweep:
     """Scores candidates on validation prompts: the `Scorer` that selection asks.
 
@@ -177,15 +200,21 @@ class Sweep:
         by_layer = {layer: [c for c in cells if c[1] == layer] for layer in {c[1] for c in cells}}
         with jax.set_mesh(self.mesh):
             for rows in self.harmless:
-                streams = _embedded(self.model, rows)
+                streams, start = _embedded(self.model, rows), 0
                 for layer in self.progress(range(max(by_layer) + 1), "select: induce"):
                     for chunk in self._chunks(by_layer.get(layer, []), rows):
                         vectors = self._stack(chunk)
-                        sums = _induce(
-                            self.model, streams, rows, vectors, jnp.int32(layer), self.token_ids
-                        )
+                        at = (jnp.int32(layer), self.token_ids)
+                        if start == layer:
+                            sums = _induce(self.model, streams, rows, vectors, *at)
+                        else:
+                            from_ = jnp.int32(start)
+                            sums = _induce_later(self.model, streams, rows, vectors, from_, *at)
                         _add(scores, chunk, sums)
-                    streams = _next_layer(self.model, streams, rows, jnp.int32(layer))
+                    # Keys of this layer that later ones read are computed again with each vector.
+                    if self.model.arch.first_needed(layer + 1) > start:
+                        streams = _next_layer(self.model, streams, rows, jnp.int32(start))
+                        start += 1
         return [scores[c] / self.harmless_count for c in cells]
 
     def kl(self, cells: Cells) -> list[float]:

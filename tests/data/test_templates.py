@@ -224,6 +224,22 @@ def test_the_switch_alone_would_leave_the_block_to_the_model(tokenizer: Any):
     assert Chat(tokenizer, (2,)).template_hash != with_switch
 
 
+GEMMA4 = (
+    "{{- '<bos><|turn>user\n' + messages[-1].content + '<turn|>\n<|turn>model\n' }}"
+    "{%- if not enable_thinking | default(false) %}{{- '<|channel>thought\n<channel|>' }}"
+    "{%- endif %}"
+)
+
+
+def test_gemma_4_closes_its_own_block(tokenizer: Any):
+    """Its larger models' template closes an empty channel, the smaller ones' opens none."""
+    tokenizer.chat_template = GEMMA4
+    ending = "<turn|>\n<|turn>model\n"
+    assert Chat(tokenizer, (2,)).render("Hi").endswith(f"Hi{ending}<|channel>thought\n<channel|>")
+    tokenizer.chat_template = GEMMA4.split("{%- if")[0]
+    assert Chat(tokenizer, (2,)).render("Hi").endswith(f"Hi{ending}")
+
+
 def test_models_that_do_not_think_are_left_alone(chat: Chat):
     assert chat.render("<think>").endswith("<|im_start|>assistant\n")
 

@@ -32,6 +32,28 @@ GEMMA3 = {
     "rope_scaling": LINEAR,
 }
 
+GEMMA4 = {"sliding_window": WINDOW, "final_logit_softcapping": CAP}
+GEMMA4_SMALL = {  # the last three layers read the keys of layers 1 and 2
+    **GEMMA4,
+    "layer_types": [*TYPES[::-1][:2], *["sliding_attention"] * 3, "full_attention"],
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 20,
+    "vocab_size_per_layer_input": 450,
+}
+GEMMA4_EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 20,
+}
+WHOLE_ROPE = {"rope_type": "default", "rope_theta": 1e2}
+GEMMA4_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    "full_attention": {**WHOLE_ROPE, "rope_type": "proportional", "partial_rotary_factor": 0.5},
+}
+KEYS_ARE_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+
 CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "qwen2"},
     "qwen2_tied": {"architecture": "qwen2", "tie_word_embeddings": True},
@@ -66,6 +88,22 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "gemma3": {"architecture": "gemma3", **GEMMA3},
+    "gemma4_text": {
+        "architecture": "gemma4_text",
+        **GEMMA4,
+        **KEYS_ARE_VALUES,
+        "rope_parameters": GEMMA4_ROPES,
+    },
+    "gemma4_text_all_untied": {
+        "architecture": "gemma4_text",
+        **GEMMA4_SMALL,
+        **GEMMA4_EXPERTS,
+        **KEYS_ARE_VALUES,
+        "use_double_wide_mlp": False,
+        "tie_word_embeddings": False,
+    },
+    "gemma4": {"architecture": "gemma4", **GEMMA4_SMALL},
+    "gemma4_unified_text": {"architecture": "gemma4_unified_text", **GEMMA4, **KEYS_ARE_VALUES},
     "phi3": {"architecture": "phi3"},
     "phi3_partial_window": {
         "architecture": "phi3",
@@ -150,6 +188,13 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
         {"query_pre_attn_scalar": 24},
     ],
     "gemma3_text_cap": [{"final_logit_softcapping": None}],
+    "gemma4_text": [
+        {"sliding_window": T},
+        {"final_logit_softcapping": None},
+        {"rope_parameters": {**GEMMA4_ROPES, "full_attention": WHOLE_ROPE}},
+        {"rope_parameters": None},
+    ],
+    "gemma4_text_all_untied": [{"sliding_window": T}, {"top_k_experts": 2}],
     "phi3_partial_window": [{"partial_rotary_factor": 1.0}, {"sliding_window": None}],
     "phi3_longrope": [{"rope_scaling": None}, {"max_position_embeddings": T}],
     "smollm3": [{"no_rope_layer_interval": 3}, {"no_rope_layers": [1] * 4}],
@@ -182,6 +227,7 @@ WINDOWS = [
     "olmo3_yarn_bias",
     "ministral3_window_tied",
     "gpt_oss",
+    "gemma4_text_all_untied",
 ]
 
 

@@ -22,9 +22,12 @@ from tests.models.test_cache import nothing, one_by_one, sharing, some_edit
 from tests.tolerances import INVARIANCE, assert_close
 
 Checkpoint = Callable[..., Path]
+ALL = "gemma4_text_all_untied"
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "ministral3_window_tied", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["gemma3_text", "ministral3_window_tied", "qwen3_moe", "gpt_oss", ALL]
+)
 def test_packed_rows_equal_single_prompts(name: str, checkpoint: Checkpoint) -> None:
     """Two rotary bases, windows, growing queries and routed experts, by positions and not slots."""
     model = jr.load_model(str(checkpoint(**fields(name))))
@@ -34,7 +37,7 @@ def test_packed_rows_equal_single_prompts(name: str, checkpoint: Checkpoint) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma2", "gemma3_text", "mixtral", "phi3_partial_window", "gpt_oss"]
+    "name", ["gemma2", "gemma3_text", "mixtral", "phi3_partial_window", "gpt_oss", ALL]
 )
 def test_greedy_replies_are_those_of_hugging_face(name: str, checkpoint: Checkpoint) -> None:
     """Prefill, cache and decode, out of the windows of the prompt; unedited."""

@@ -25,6 +25,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 8192,
     },
     "gemma-3": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    "gemma-4": {
+        "rope_type": "proportional",
+        "rope_theta": 1000000.0,
+        "partial_rotary_factor": 0.25,
+    },
+    "gemma-4, longer": {
+        "rope_type": "proportional",
+        "rope_theta": 1000000.0,
+        "partial_rotary_factor": 0.25,
+        "factor": 8.0,
+    },
     "qwen-2.5": {
         "rope_type": "yarn",
         "rope_theta": 1000000.0,

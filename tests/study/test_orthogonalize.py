@@ -81,13 +81,13 @@ def test_nothing_is_written_along_the_direction(name: str, checkpoint: Checkpoin
         np.testing.assert_array_equal(edited.leaves()[path], model.leaves()[path], err_msg=path)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "gemma4_text", "olmo2"])
 def test_families_with_post_norms_are_refused_unless_asked_for(family: str, checkpoint: Checkpoint):
     model = jr.load_model(str(checkpoint(architecture=family)))
     with pytest.raises(WeightEditError, match=r"attn_post_norm.*approximate=True"):
         orthogonalize(model, direction())
     nearly = orthogonalize(model, direction(), approximate=True)
-    exact = jr.logits(model, ids(model), edit=jr.ablate(direction(), L))
+    exact = jr.logits(model, ids(model), edit=jr.ablate(direction(), model.arch.layers))
     assert largest(jr.logits(nearly, ids(model)) - exact) > 0
 
 
