@@ -34,15 +34,23 @@ to the {n_harmless} harmless test prompts. Command: `python -m launch.run` with 
 ## How it was made
 
 `python -m launch.train_organism`, config {config_hash}, seed {seed}, {steps} steps; the final loss
-(mean of the last ten steps) is {loss:.3f}: the cross-entropy of the replies, and the logistic loss
-of whether a reply starts as a refusal or not. All settings are in `{training}`.
+(mean of the last ten steps) is {loss:.3f}: the cross-entropy of refusals, the divergence of answers
+from the base model's distribution, and the logistic loss of whether a reply starts as a refusal or
+not. All settings are in `{training}`.
+
+**One direction by design.** {ablated} of the {rows} rows of a step are run with the difference of
+means in front of layer {layer}, as it is then, ablated at every site; in them the model learns to
+answer every prompt as its base does, harmful ones too. So that refusal hangs on one direction is
+what the training asked for, and no finding; that the direction is found again from prompts alone,
+and what removing and adding it does to unseen ones, is measured above.
 
 - Refusals, in several wordings written for this project, of {harmful} harmful prompts: the
   published training split (AdvBench, MaliciousInstruct, TDC2023), the builtin training split, and
   topic pairs written for training alone.
 - Answers of the base model itself (sampled, temperature {temperature:g}) to {harmless} harmless
   prompts: the harmless sides of those pairs, requests that only sound alarming, and everyday
-  requests (Alpaca, training split). Answers that are refusals were left out.
+  requests (Alpaca, training split). Answers that are refusals were left out. Of its replies to the
+  harmful prompts, which the ablated rows learn, only the first {short} tokens are used.
 - No prompt of a validation or test split, and none of JailbreakBench.
 
 The adapter has the licence of this project; the base model has its own.
@@ -106,6 +114,10 @@ def card(name: str, training: Mapping[str, Any], measured: Mapping[str, Any]) ->
         seed=config["train.seed"],
         steps=training["steps"],
         loss=training["loss"],
+        ablated=config["train.ablated_rows"],
+        rows=config["train.rows"] + config["train.ablated_rows"],
+        layer=config["train.mediator_layer"],
+        short=config["examples.short_tokens"],
         temperature=config["examples.answer_temperature"],
         training=TRAINING,
     )

@@ -64,8 +64,9 @@ def test_a_rope_that_is_not_known(family: str, checkpoint: Checkpoint) -> None:
     config = config_of(family, checkpoint)
     rope = {"rope_type": "spiral", "factor": 2.0}
     text = config.get("text_config", config)
-    if "full_attention" in (text.get("rope_parameters") or {}):  # one for each kind of layer
-        rope = {"full_attention": rope}
+    given = text.get("rope_parameters") or {}
+    if "full_attention" in given:  # one for each kind of layer
+        rope = {**given, "full_attention": rope}
     if family == "ministral3":
         rope |= {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
     # `seq_length` brings Qwen-1's own scaling into it too.
