@@ -16,7 +16,7 @@ import pytest
 from jax_refusal import config as configs
 from jax_refusal.config import RunConfig
 from jax_refusal.data import templates
-from jax_refusal.models import transformer
+from jax_refusal.models import declaration
 from jax_refusal.models.families import FAMILIES, WRAPPERS, architecture
 from jax_refusal.organism.config import OrganismConfig
 from tests import runs
@@ -278,5 +278,5 @@ def test_what_the_other_models_need_adds_up():
     assert len(found) >= 19
     for stem, fields in SIZES.items():
         arch = architecture(fields)
-        shapes = [transformer.shape(arch, axes) for axes in transformer.axes(arch).values()]
+        shapes = [declaration.shape(arch, axes) for axes in declaration.axes(arch).values()]
         assert abs(sum(map(math.prod, shapes)) / 1e9 - found[stem]) < 0.006, stem

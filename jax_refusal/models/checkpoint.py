@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jax_refusal import sharding
 from jax_refusal.artifacts import write_whole
-from jax_refusal.models import transformer
+from jax_refusal.models import declaration
 from jax_refusal.models.convert import ConversionError
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.transformer import Transformer
@@ -66,8 +66,8 @@ def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Trans
 
     _check_files(folder)
     target = {}
-    for path, logical in transformer.axes(arch).items():
-        shape = transformer.shape(arch, logical)
+    for path, logical in declaration.axes(arch).items():
+        shape = declaration.shape(arch, logical)
         placed = sharding.named(mesh, logical, shape)
         target[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.models import names, transformer
+from jax_refusal.models import declaration, names
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.names import NUMBERS, Row, rows
+from jax_refusal.models.transformer import Transformer
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -71,7 +72,7 @@ def load(
     tensors: Mapping[str, Tensor],
     mesh: Mesh,
     dtype: np.dtype,
-) -> transformer.Transformer:
+) -> Transformer:
     """Builds the model on the mesh, reading only the slices that this process's devices need.
 
     Raises ConversionError naming every missing, unused, misshapen or non-finite tensor.
@@ -82,8 +83,8 @@ def load(
     broken: list[str] = []
     leaves = {}
     for row in rows(arch):
-        logical = transformer.axes(arch)[row.path]
-        shape = transformer.shape(arch, logical)
+        logical = declaration.axes(arch)[row.path]
+        shape = declaration.shape(arch, logical)
         parts: dict[str, np.ndarray] = {}  # replicas of one slice are read once
 
         def part(index, *, row=row, shape=shape, parts=parts):
@@ -100,7 +101,7 @@ def load(
         raise ConversionError(
             f"Weights that are not finite (NaN or infinite): {sorted(set(broken))}."
         )
-    return transformer.Transformer(arch, leaves)
+    return Transformer(arch, leaves)
 
 
 def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
@@ -130,7 +131,7 @@ def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def stored(model: transformer.Transformer) -> dict[str, Tensor]:
+def stored(model: Transformer) -> dict[str, Tensor]:
     """The model's tensors under Hugging Face's names, in its layout, in the model's dtype.
 
     Each is brought to the host when it is read, so that a model larger than the host's memory can
@@ -156,7 +157,7 @@ def stored(model: transformer.Transformer) -> dict[str, Tensor]:
     return found
 
 
-def to_hugging_face(model: transformer.Transformer) -> Iterator[tuple[str, np.ndarray]]:
+def to_hugging_face(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of `stored`, read one at a time."""
     for name, tensor in stored(model).items():
         yield name, tensor[(slice(None),) * len(tensor.shape)]
@@ -166,7 +167,7 @@ def _stored(
     arch: Architecture, leaves: Mapping[str, jax.Array], row: Row, index: tuple[int, ...]
 ) -> np.ndarray:
     """One row's part of a tensor, as Hugging Face lays it out."""
-    own = transformer.axes(arch)[row.path][len(index) :]
+    own = declaration.axes(arch)[row.path][len(index) :]
     block = np.asarray(leaves[row.path][index])
     order = [own.index(axis) for group in row.layout for axis in group]
     return block.transpose(order).reshape(names.sizes(arch, row))
@@ -192,20 +193,20 @@ def _read(
     broken: list[str],
 ) -> np.ndarray:
     """One slice of a leaf; appends the names of tensors with NaN or infinity to `broken`."""
-    logical = transformer.axes(arch)[row.path]
+    logical = declaration.axes(arch)[row.path]
     wanted = dict(zip(logical, ranges, strict=True))
     counted = names.numbered(arch, row)
     own = logical[len(counted) :]
     # What to read of each tensor: of a dimension that holds several axes, a run of the first.
     slices = []
     for dimension, (first, *rest) in enumerate(row.layout):
-        inner = math.prod(transformer.shape(arch, rest))
+        inner = math.prod(declaration.shape(arch, rest))
         start, stop = wanted[first].start * inner, wanted[first].stop * inner
         fused = dimension == names.along(row)
         slices.append(names.where(arch, row, start, stop) if fused else slice(start, stop))
     axes = [axis for group in row.layout for axis in group]
     firsts = {group[0] for group in row.layout}
-    sizes = [len(wanted[a]) if a in firsts else transformer.shape(arch, [a])[0] for a in axes]
+    sizes = [len(wanted[a]) if a in firsts else declaration.shape(arch, [a])[0] for a in axes]
     order = [axes.index(axis) for axis in own]
     others = tuple(
         slice(None) if a in firsts else slice(wanted[a].start, wanted[a].stop) for a in own

@@ -23,7 +23,8 @@ from jax_refusal.models import experts, layers
 from jax_refusal.models.architecture import Architecture
 
 if TYPE_CHECKING:
-    from jax_refusal.models.transformer import Block, Transformer
+    from jax_refusal.models.block import Block
+    from jax_refusal.models.transformer import Transformer
 
 
 def block_axes(arch: Architecture) -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.models import convert, transformer
+from jax_refusal.models import convert, declaration
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.names import rows
 from jax_refusal.models.transformer import Transformer
@@ -89,11 +89,11 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
     leaves = model.leaves()
     for target in adapter.a:
         path, layout = _row(model.arch, target)
-        logical = transformer.axes(model.arch)[path][1:]
+        logical = declaration.axes(model.arch)[path][1:]
         a, b = (x.astype(jnp.float32) for x in (adapter.a[target], adapter.b[target]))
         delta = adapter.scale * jnp.einsum("lom,lmi->loi", b, a, precision="highest")
         names = [axis for group in layout for axis in group]
-        delta = delta.reshape(model.arch.layers, *transformer.shape(model.arch, names))
+        delta = delta.reshape(model.arch.layers, *declaration.shape(model.arch, names))
         delta = delta.transpose(0, *(1 + names.index(axis) for axis in logical))
         weight = leaves[path]
         leaves[path] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
@@ -251,4 +251,4 @@ def _module(arch: Architecture, target: str) -> str:
 def _sizes(arch: Architecture, target: str) -> tuple[int, int]:
     """(O, I) of a projection."""
     _, (out, into) = _row(arch, target)
-    return math.prod(transformer.shape(arch, out)), math.prod(transformer.shape(arch, into))
+    return math.prod(declaration.shape(arch, out)), math.prod(declaration.shape(arch, into))

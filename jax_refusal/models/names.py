@@ -4,7 +4,7 @@ A row is: Hugging Face name, leaf path, layout of the Hugging Face tensor in the
 where `(heads head_width)` is one dimension holding both. Rows that share a name are the parts of
 one fused tensor, in this order along its first dimension (after that of experts); a star says that
 they alternate along its last, entry by entry. The leaf's own
-order of axes is in `transformer.axes`. Which slice of which tensor a device needs, transposes,
+order of axes is in `declaration.axes`. Which slice of which tensor a device needs, transposes,
 shape checks, missing and unused tensors, and the way back to Hugging Face follow from the table.
 """
 
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from jax_refusal.models import kinds, transformer
+from jax_refusal.models import declaration, kinds
 from jax_refusal.models.architecture import Architecture
 
 # What stands for a number in a name, and the axis of the leaf that it counts along.
@@ -232,7 +232,7 @@ class Row(NamedTuple):
 
 def rows(arch: Architecture) -> list[Row]:
     """The rows that this architecture has."""
-    paths = transformer.axes(arch)
+    paths = declaration.axes(arch)
     return [
         Row(name, path, _layout(layout), layout.endswith("*"))
         for name, path, layout in NAMING[arch.naming]
@@ -242,7 +242,7 @@ def rows(arch: Architecture) -> list[Row]:
 
 def sizes(arch: Architecture, row: Row) -> tuple[int, ...]:
     """The dimensions of a row's part as Hugging Face stores it."""
-    return tuple(math.prod(transformer.shape(arch, group)) for group in row.layout)
+    return tuple(math.prod(declaration.shape(arch, group)) for group in row.layout)
 
 
 def parts(arch: Architecture, name: str) -> list[Row]:
@@ -277,7 +277,7 @@ def full_sizes(arch: Architecture, name: str) -> tuple[int, ...]:
 
 def numbered(arch: Architecture, row: Row) -> list[str]:
     """The leaf's axes that a row's name counts along: each number is a tensor of its own."""
-    axes = transformer.axes(arch)[row.path]
+    axes = declaration.axes(arch)[row.path]
     return [axis for axis in axes if f"{{{NUMBERS.get(axis)}}}" in row.name]
 
 
@@ -288,7 +288,7 @@ def number(arch: Architecture, axis: str, index: int) -> int:
 
 def counts(arch: Architecture, row: Row) -> list[range]:
     """The places along each of those axes."""
-    return [range(size) for size in transformer.shape(arch, numbered(arch, row))]
+    return [range(size) for size in declaration.shape(arch, numbered(arch, row))]
 
 
 Stored = TypeVar("Stored")

@@ -6,7 +6,7 @@ N prefix tokens, R edit rows (1 or B).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,72 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_refusal.interventions import Edit
-from jax_refusal.models import experts, gemma4, kinds, layers
+from jax_refusal.models import declaration, gemma4, kinds, layers
 from jax_refusal.models.architecture import Architecture
+from jax_refusal.models.block import PROJECTIONS, Block
 from jax_refusal.models.cache import Cache, Tokens, empty, lengths, visible, write
 from jax_refusal.sharding import constrain
-
-
-def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
-    """Every leaf of the model by its path, with its logical axes: shape and sharding follow."""
-    block = {
-        "q": ("embed", "heads", "head_width"),
-        "k": ("embed", "kv_heads", "head_width"),
-        "v": ("embed", "kv_heads", "head_width"),
-        "o": ("heads", "head_width", "embed"),
-    }
-    if arch.experts:
-        block |= experts.axes(arch)
-    else:
-        block |= {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
-    if arch.pre_norm:
-        block |= {"attn_norm": ("embed",), "mlp_norm": ("embed",)}
-    if arch.post_norm:
-        block |= {"attn_post_norm": ("embed",), "mlp_post_norm": ("embed",)}
-    if arch.qk_norm:
-        whole = arch.qk_norm == "projection"
-        block |= {
-            "q_norm": ("heads", "head_width") if whole else ("head_width",),
-            "k_norm": ("kv_heads", "head_width") if whole else ("head_width",),
-        }
-    if arch.qkv_bias:
-        block |= {
-            "q_bias": ("heads", "head_width"),
-            "k_bias": ("kv_heads", "head_width"),
-            "v_bias": ("kv_heads", "head_width"),
-        }
-    if arch.sinks:
-        block |= {"sinks": ("heads",)}
-    if arch.out_bias:
-        block |= {"o_bias": ("embed",)}
-    if arch.mlp_bias:
-        block |= {"gate_bias": ("mlp",), "up_bias": ("mlp",), "down_bias": ("embed",)}
-    top = {"embed": ("vocab", "embed"), "final_norm": ("embed",)}
-    if not arch.tied_head:
-        top["head"] = ("embed", "vocab")
-    top, block = top | gemma4.top_axes(arch), block | gemma4.block_axes(arch)
-    found = top | {f"blocks.{name}": ("layers", *a) for name, a in block.items()}
-    if arch.global_head_width:
-        apart = kinds.axes(arch)
-        names = {path.split(".")[1] for path in apart}
-        found = {path: a for path, a in found.items() if path.split(".")[-1] not in names} | apart
-    return found
-
-
-def shape(arch: Architecture, logical: Sequence[str]) -> tuple[int, ...]:
-    sizes = {
-        "layers": arch.layers,
-        "embed": arch.width,
-        "heads": arch.heads,
-        "kv_heads": arch.kv_heads,
-        "head_width": arch.head_width,
-        "mlp": arch.mlp_width,
-        "experts": arch.experts,
-        "vocab": arch.vocab,
-        **gemma4.sizes(arch),
-        **kinds.sizes(arch),
-    }
-    return tuple(sizes[name] for name in logical)
 
 
 @jax.tree_util.register_dataclass
@@ -93,131 +32,6 @@ class Output:
     cache: Cache | None
 
 
-class Block(nnx.Module):
-    """One decoder block; in a model every leaf is stacked on L."""
-
-    q: nnx.Param
-    k: nnx.Param
-    v: nnx.Param
-    o: nnx.Param
-    gate: nnx.Param  # one MLP, or experts behind a router
-    up: nnx.Param
-    down: nnx.Param
-    router: nnx.Param
-    expert_gate: nnx.Param
-    expert_up: nnx.Param
-    expert_down: nnx.Param
-    attn_norm: nnx.Param  # norms and biases where the family has them
-    mlp_norm: nnx.Param
-    attn_post_norm: nnx.Param
-    mlp_post_norm: nnx.Param
-    q_norm: nnx.Param
-    k_norm: nnx.Param
-    q_bias: nnx.Param
-    k_bias: nnx.Param
-    v_bias: nnx.Param
-    o_bias: nnx.Param
-    gate_bias: nnx.Param
-    up_bias: nnx.Param
-    down_bias: nnx.Param
-    router_bias: nnx.Param
-    expert_gate_bias: nnx.Param
-    expert_up_bias: nnx.Param
-    expert_down_bias: nnx.Param
-    sinks: nnx.Param
-    router_scale: nnx.Param  # an MLP beside the experts, and norms of each
-    expert_scale: nnx.Param
-    expert_norm: nnx.Param
-    expert_post_norm: nnx.Param
-    dense_post_norm: nnx.Param
-    per_layer_gate: nnx.Param
-    per_layer_out: nnx.Param
-    per_layer_post_norm: nnx.Param
-    scale: nnx.Param
-    stacks: kinds.Stacks  # of this layer, in an unrolled model whose layers differ in shape
-
-    def __init__(
-        self, arch: Architecture, leaves: Mapping[str, jax.Array], outputs_first: bool = False
-    ):
-        self.arch = arch
-        self.outputs_first = outputs_first  # in projections: see `layers.linear`
-        for name, value in leaves.items():
-            setattr(self, name, nnx.Param(value))
-
-    def __call__(
-        self,
-        x: jax.Array,  # [B, T, D]
-        at: Callable[[str, jax.Array], jax.Array],
-        attention: Callable[[jax.Array], jax.Array],
-        mlp: Callable[[jax.Array], jax.Array],
-        own: jax.Array | None = None,  # [B, T, W] of `per_layer_inputs`
-    ) -> jax.Array:
-        """The residual arithmetic, written once. `at(site, x)` reads and edits the stream.
-
-        A gated input of the layer's own is one more write (see `gemma4`): an edit at `mlp_out`
-        takes out of it what it takes out of the MLP's, and puts nothing in a second time.
-        """
-        pre, post = self.arch.pre_norm, self.arch.post_norm
-        x = at("resid_pre", x)
-        out = attention(self.normed(x, self.attn_norm) if pre else x)
-        x = x + at("attn_out", self.normed(out, self.attn_post_norm) if post else out)
-        out = mlp(self.normed(x, self.mlp_norm) if pre else x)
-        if self.arch.expert_width:
-            out = gemma4.with_experts(self, out, x)
-        x = x + at("mlp_out", self.normed(out, self.mlp_post_norm) if post else out)
-        if own is not None:
-            x = x + at("per_layer_out", gemma4.gated_input(self, x, own))
-        return x * self.scale[None, None] if self.arch.layer_scale else x
-
-    def normed(self, x: jax.Array, scale: nnx.Param | jax.Array) -> jax.Array:
-        return layers.rms_norm(x, scale[...], self.arch.norm_epsilon, self.arch.norm)
-
-    def attention(
-        self,
-        x: jax.Array,  # [B, T, D]
-        angles: tuple[jax.Array, jax.Array],
-        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    ) -> jax.Array:  # [B, T, D]
-        with jax.named_scope("attention"):
-            q, k, v = (self.linear(x, kernel) for kernel in (self.q, self.k, self.v))
-            if self.arch.qkv_bias:
-                q, k = q + self.q_bias[None, None], k + self.k_bias[None, None]
-                v = v + self.v_bias[None, None]
-            if self.arch.qk_norm:
-                q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
-            q = constrain(q, "batch", None, "heads", "head_width")
-            k, v = layers.rotate(k, angles).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            mixed = attend(layers.rotate(q, angles), k, v)
-            out = self.linear(mixed, self.o, inputs=2)
-            return out + self.o_bias[None, None] if self.arch.out_bias else out
-
-    def mlp(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
-        with jax.named_scope("mlp"):
-            activation = layers.ACTIVATIONS[self.arch.activation]
-            if self.arch.experts and not self.arch.expert_width:
-                count, add_up = self.arch.experts_per_token, self.arch.shares_add_up
-                router_bias = biases = None
-                if self.arch.expert_bias:
-                    router_bias, down_bias = self.router_bias[...], self.expert_down_bias[...]
-                    biases = (self.expert_gate_bias[...], self.expert_up_bias[...], down_bias)
-                chosen = experts.route(x, self.router[...], count, add_up, router_bias)
-                kernels = (self.expert_gate[...], self.expert_up[...], self.expert_down[...])
-                limit = self.arch.swiglu_limit
-                return experts.routed_mlp(x, *chosen, *kernels, activation, biases, limit)
-            gate, up = self.linear(x, self.gate), self.linear(x, self.up)
-            if self.arch.mlp_bias:
-                gate, up = gate + self.gate_bias[None, None], up + self.up_bias[None, None]
-            out = self.linear(activation(gate) * up, self.down)
-            return out + self.down_bias[None, None] if self.arch.mlp_bias else out
-
-    def linear(self, x: jax.Array, kernel: nnx.Param, inputs: int = 1) -> jax.Array:
-        return layers.linear(x, kernel[...], inputs, self.outputs_first)
-
-
-# The projections of a block, and how many of their axes are inputs.
-PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-
-
 class Transformer(nnx.Module):
     """A decoder-only chat model. A pytree: pass it to plain jax.jit, scan, vmap and grad."""
 
@@ -227,8 +41,8 @@ class Transformer(nnx.Module):
     per_layer_norm: nnx.Param
 
     def __init__(self, arch: Architecture, leaves: Mapping[str, Any]):
-        """leaves: path -> array, exactly the paths of `axes(arch)`."""
-        expected = axes(arch)
+        """leaves: path -> array, exactly the paths of `declaration.axes(arch)`."""
+        expected = declaration.axes(arch)
         if set(leaves) != set(expected):
             raise ValueError(f"Leaves differ: {sorted(set(leaves) ^ set(expected))}.")
         prefix = "blocks."
@@ -250,7 +64,7 @@ class Transformer(nnx.Module):
     def leaves(self) -> dict[str, jax.Array]:
         """Path -> array; `Transformer(arch, leaves)` builds the same model again."""
         found = {}
-        for path in axes(self.arch):
+        for path in declaration.axes(self.arch):
             group, _, name = path.rpartition(".")
             if group in ("", "blocks"):
                 found[path] = getattr(self.blocks if group else self, name)[...]

@@ -16,7 +16,7 @@ import numpy as np
 
 from jax_refusal import sharding
 from jax_refusal.interventions import unit_vector
-from jax_refusal.models import convert, lora, transformer
+from jax_refusal.models import convert, declaration, lora
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.layers import PRECISION
 from jax_refusal.models.transformer import Transformer
@@ -69,7 +69,7 @@ def writers(arch: Architecture) -> list[str]:
 
     Raises WeightEditError naming every leaf of which that is not known.
     """
-    last = [path for path, logical in transformer.axes(arch).items() if logical[-1] == "embed"]
+    last = [path for path, logical in declaration.axes(arch).items() if logical[-1] == "embed"]
     unknown = sorted(set(last) - WRITERS - READERS - POST_NORMS)
     if unknown:
         raise WeightEditError(
@@ -139,9 +139,9 @@ def bake_addition(
     new = set()
     if not (of_experts or arch.mlp_bias):
         arch = dataclasses.replace(arch, mlp_bias=True)
-        new = set(transformer.axes(arch)) - set(leaves)
+        new = set(declaration.axes(arch)) - set(leaves)
         for path in new:
-            shape = transformer.shape(arch, transformer.axes(arch)[path])
+            shape = declaration.shape(arch, declaration.axes(arch)[path])
             leaves[path] = jnp.zeros(shape, model.dtype)
     path = "blocks.expert_down_bias" if of_experts else "blocks.down_bias"
     bias = leaves[path]
@@ -178,7 +178,7 @@ def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adap
 
 
 def _check_exact(arch: Architecture, approximate: bool) -> None:
-    between = sorted(POST_NORMS & set(transformer.axes(arch)))
+    between = sorted(POST_NORMS & set(declaration.axes(arch)))
     if between and not approximate:
         raise WeightEditError(
             f"This {arch.family} model norms what its blocks write ({between}), so that an edit of "
@@ -203,7 +203,7 @@ def _rebuilt(
 ) -> Transformer:
     """The model of these leaves, the changed ones laid out as a loaded model's are."""
     mesh = model.embed[...].sharding.mesh
-    logical = transformer.axes(arch)
+    logical = declaration.axes(arch)
     for path in changed & set(leaves):
         leaves[path] = sharding.place(leaves[path], mesh, *logical[path])
     return Transformer(arch, leaves)

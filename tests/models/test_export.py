@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import jax_refusal as jr
 from jax_refusal import sharding
 from jax_refusal.models import checkpoint as orbax
-from jax_refusal.models import convert, export, transformer
+from jax_refusal.models import convert, declaration, export
 from jax_refusal.models.convert import ConversionError
 from jax_refusal.models.export import ExportError
 from jax_refusal.models.transformer import Transformer
@@ -123,7 +123,7 @@ def test_orbax_gives_back_what_was_saved(tiny_dir: Path, model: Transformer, tmp
     for again in (jr.load_model(str(folder)), jr.load_model(str(folder), mesh=mesh)):
         for path, leaf in model.leaves().items():
             np.testing.assert_array_equal(again.leaves()[path], leaf, err_msg=path)
-    for path, logical in transformer.axes(model.arch).items():
+    for path, logical in declaration.axes(model.arch).items():
         leaf = again.leaves()[path]
         assert leaf.sharding == sharding.named(mesh, logical, leaf.shape), path
 

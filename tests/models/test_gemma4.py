@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import gemma4, kinds, lora, names, transformer
+from jax_refusal.models import declaration, gemma4, kinds, lora, names
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts
@@ -145,7 +145,7 @@ def test_nothing_is_padded(model: Transformer) -> None:
     assert shapes["local.k"] == (2, D, 2, 8) and shapes["global.k"] == (1, D, 1, 16)
     assert "global.v" not in shapes and shapes["local.v"] == (2, D, 2, 8)
     wide = dataclasses.replace(arch, wide_mlp=96)
-    shapes = {path: transformer.shape(wide, a) for path, a in transformer.axes(wide).items()}
+    shapes = {path: declaration.shape(wide, a) for path, a in declaration.axes(wide).items()}
     assert shapes["own.down"] == (3, 48, D) and shapes["sharing.down"] == (3, 96, D)
     assert "blocks.down" not in shapes
     cache = empty(arch, 2, 7, model.dtype)

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal.models import convert, experts, export, layers, lora
+from jax_refusal.models.block import Block
 from jax_refusal.models.cache import Tokens, visible
-from jax_refusal.models.transformer import Block, Transformer
+from jax_refusal.models.transformer import Transformer
 from tests import tiny
 from tests.models.cases import T, fields
 from tests.models.test_families import hf_everything, random_ids

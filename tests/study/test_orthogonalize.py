@@ -11,7 +11,7 @@ import torch
 
 import jax_refusal as jr
 from jax_refusal import sharding
-from jax_refusal.models import transformer
+from jax_refusal.models import declaration
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.study import orthogonalize as weights
 from jax_refusal.study.directions import DirectionError
@@ -137,7 +137,7 @@ def test_sharded_leaves_stay_sharded(name: str, checkpoint: Checkpoint):
         lambda m: bake_addition(m, direction(), 2),
     ):
         one, many = edit(jr.load_model(path)), edit(jr.load_model(path, mesh=mesh))
-        for leaf, logical in transformer.axes(many.arch).items():
+        for leaf, logical in declaration.axes(many.arch).items():
             x = many.leaves()[leaf]
             assert x.sharding == sharding.named(mesh, logical, x.shape), leaf
             assert_close(x, one.leaves()[leaf], PARITY, leaf)
@@ -170,16 +170,16 @@ def test_every_leaf_that_ends_in_the_stream_is_known(name: str, checkpoint: Chec
 def test_an_unknown_writer_is_named_and_nothing_is_edited(
     leaf: str, logical: tuple[str, ...], model: Transformer, monkeypatch: pytest.MonkeyPatch
 ):
-    real = transformer.axes
-    monkeypatch.setattr(transformer, "axes", lambda arch: real(arch) | {leaf: logical})
+    real = declaration.axes
+    monkeypatch.setattr(declaration, "axes", lambda arch: real(arch) | {leaf: logical})
     with pytest.raises(WeightEditError, match=rf"\['{leaf}'\] of this llama model.*nothing was"):
         orthogonalize(model, direction())
 
 
 def test_a_reader_of_the_stream_is_no_writer(model: Transformer, monkeypatch: pytest.MonkeyPatch):
-    real = transformer.axes
+    real = declaration.axes
     router = {"blocks.router": ("layers", "embed", "experts")}
-    monkeypatch.setattr(transformer, "axes", lambda arch: real(arch) | router)
+    monkeypatch.setattr(declaration, "axes", lambda arch: real(arch) | router)
     assert "blocks.router" not in weights.writers(model.arch)
 
 
