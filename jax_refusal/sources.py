@@ -149,7 +149,8 @@ def _from_hub(source: str) -> Path:
             name,
             revision=revision or None,
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken"],
-            ignore_patterns=["original/*"],  # the same weights once more, in their makers' layout
+            # The same weights once more, in the layout of Llama's and of Mistral's makers.
+            ignore_patterns=["original/*", "consolidated*"],
         )
     except errors.RepositoryNotFoundError:
         raise SourceError(

@@ -36,10 +36,19 @@ def log(message: str) -> None:
     print(f"[{message}]" if not message.endswith(".") else message, file=sys.stderr, flush=True)
 
 
+GOES_ON = "What was complete is kept: the same command goes on from there."
+
+
 def start(
-    main: Callable[[list[str]], None], arguments: list[str], schema: type | None = None
+    main: Callable[[list[str]], None],
+    arguments: list[str],
+    schema: type | None = None,
+    stopped: str = "",
 ) -> None:
-    """Runs an entry point: checks the flags, keeps compiled programs, words the errors."""
+    """Runs an entry point: checks the flags, keeps compiled programs, words the errors.
+
+    stopped: what to say after Ctrl-C.
+    """
 
     def parsed(given: list[str]) -> list[str]:
         from jax_refusal import config
@@ -59,12 +68,11 @@ def start(
     interrupted = interrupts()
     try:
         app.run(guarded, argv=arguments, flags_parser=parsed)
+    except SystemExit:
+        raise
     except BaseException as error:
         if interrupted or isinstance(error, KeyboardInterrupt):
-            print(
-                "\nInterrupted. What was complete is kept: the same command goes on from there.",
-                file=sys.stderr,
-            )
+            print(f"\nInterrupted. {stopped}".rstrip(), file=sys.stderr)
             sys.exit(130)
         if not isinstance(error, ValueError | flags.Error):
             raise

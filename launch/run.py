@@ -32,4 +32,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.start(main, sys.argv)
+    common.start(main, sys.argv, stopped=common.GOES_ON)

@@ -35,4 +35,4 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     from jax_refusal.organism.config import OrganismConfig
 
-    common.start(main, sys.argv, OrganismConfig)
+    common.start(main, sys.argv, OrganismConfig, stopped=common.GOES_ON)

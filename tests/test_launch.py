@@ -219,14 +219,16 @@ FAMILY = {
     "ministral_3_3b_instruct": "mistral3",
     "mixtral_8x7b_instruct": "mixtral",
     "qwen3_30b_a3b_instruct": "qwen3_moe",
+    "gemma_4_e4b_it": "gemma4",
+    "gemma_4_12b_it": "gemma4_unified",
+    "gpt_oss_20b": "gpt_oss",
 }
 # Families without a config of their own, and why.
 WITHOUT = {
     "gemma3_text": "inside gemma3",
     "ministral3": "inside mistral3",
-    "gpt_oss": "comes with its config",
-    "gemma4": "comes with its config",
     "gemma4_text": "inside gemma4",
+    "gemma4_unified_text": "inside gemma4_unified",
 }
 
 

@@ -3,13 +3,18 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_refusal as jr
+from jax_refusal import interventions as iv
 from jax_refusal.artifacts import WorkdirError
 from jax_refusal.config import ConfigError, identity
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
+from jax_refusal.models.cache import SHARED, Tokens
+from jax_refusal.models.transformer import Transformer
 from jax_refusal.organism import card, examples, train
 from jax_refusal.organism.config import (
     BaseConfig,
@@ -18,7 +23,10 @@ from jax_refusal.organism.config import (
     OrganismConfig,
     TrainConfig,
 )
+from jax_refusal.organism.loss import ABLATED, PLAIN, Lesson, Mediator
+from jax_refusal.runtime.teach import pack_pairs, taught_stream
 from tests import shared
+from tests.tolerances import INVARIANCE, ROUNDING, assert_close
 
 
 @pytest.fixture
@@ -147,6 +155,52 @@ def test_the_card_says_what_was_measured() -> None:
     assert "ablated against organism | -0.025 nat" in text
     assert "layer 20 of 30" in " ".join(text.split()) and "KL 0.062 nat" in text
     assert "{" not in text
+    assert "2 of the 7 rows" in " ".join(text.split())
+    training["config"]["train.ablated_rows"] = 0
+    assert "by design" not in card.card("refuser", training, measured)
+
+
+def test_rows_of_one_batch_are_run_with_their_own_edits(model: Transformer) -> None:
+    """Behind a shared prefix too; and what is kept is what arrived in front of the edit."""
+    rng = np.random.default_rng(0)
+    pairs = [[((5, 6, 7), (8, 9))], [((7, 6), (4,)), ((3,), (2, 1, 1))], [((9, 9, 4), (3, 3))]]
+    prefix = Tokens(
+        ids=jnp.array([[1, 2]]), positions=jnp.array([[0, 1]]), segments=jnp.full((1, 2), SHARED)
+    )
+    unit = rng.normal(size=model.arch.width)
+    edits = jr.rows(
+        jr.identity(model.arch.layers, model.arch.width), jr.ablate(unit, model.arch.layers)
+    )
+    which = np.array([PLAIN, ABLATED, ABLATED])
+    for behind, start in ((None, 0), (prefix, 2)):
+        batch = pack_pairs(pairs, start, 16)
+        keep = jnp.zeros((3, 1), jnp.int32)
+        mixed = taught_stream(model, edits, behind, batch, row_edit=which, keep=keep)
+        for edit in (PLAIN, ABLATED):
+            rows = which == edit
+            alone = taught_stream(model, iv.take(edits, np.array([edit])), behind, batch, keep=keep)
+            seen = batch.tokens.segments[rows] != 0
+            assert_close(mixed.x[rows][seen], alone.x[rows][seen], INVARIANCE, "stream")
+            kept = [out.kept["resid_pre"][:, rows] for out in (mixed, alone)]
+            assert_close(*kept, INVARIANCE, "kept")
+
+
+def test_the_direction_is_the_difference_of_running_means() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+    batch = pack_pairs([[((1,), (2,))]] * 3, 0, 8)
+    sides = np.array([[1, -1], [-1, 0], [1, 1]], np.float32)
+    edits = np.array([PLAIN, PLAIN, ABLATED])
+    start = Mediator.start(4, 0, 0.25)
+    only_answers = start.moved(x, Lesson(batch, np.minimum(sides, 0), edits))
+    assert not np.any(only_answers.direction) and not np.any(only_answers.edits(3).unit)
+    first = start.moved(x, Lesson(batch, sides, edits))
+    expected = x[0, 0] - (x[0, 1] + x[1, 0]) / 2
+    assert_close(first.direction, expected, ROUNDING)
+    second = first.moved(-x, Lesson(batch, sides, edits))  # weights 3 : 4, the old one faded
+    assert_close(second.direction, -expected / 7, ROUNDING)
+    edit = second.edits(3)
+    assert_close(edit.unit[ABLATED], -expected / np.linalg.norm(expected), ROUNDING)
+    assert not np.any(edit.remove[..., PLAIN]) and np.all(edit.remove[..., ABLATED] == 1)
 
 
 def test_refusals_come_in_several_wordings_and_all_count() -> None:

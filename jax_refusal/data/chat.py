@@ -15,8 +15,6 @@ from jax_refusal.data import qwen_tokenizer, templates
 from jax_refusal.data.templates import ChatError, Template
 from jax_refusal.sources import Source, SourceError, locate, read_json
 
-# Their endings differ in every way that could merge with the template's first tokens.
-
 # Some templates write today's date into the prompt. A study is the same study tomorrow, so the date
 # is always the one that Llama 3.x's template itself falls back to. A template that asks the clock
 # and no variable, as gpt-oss's does, finds a clock in front of it that stands still.
@@ -25,6 +23,7 @@ PARTS = "%Y=2024 %y=24 %m=07 %d=26 %b=Jul %B=July %a=Fri %A=Friday %H=00 %I=12 %
 REPLACED = " ".join("| replace('{}', '{}')".format(*part.split("=")) for part in PARTS.split())
 CLOCK = "{% macro strftime_now(format) %}{{ format " + REPLACED + " }}{% endmacro %}{{ '' }}"
 
+# Their endings differ in every way that could merge with the template's first tokens.
 PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
 
 # Thinking models: the block before the answer. Qwen3's templates write an empty one in this form.

@@ -38,13 +38,7 @@ to the {n_harmless} harmless test prompts. Command: `python -m launch.run` with 
 from the base model's distribution, and the logistic loss of whether a reply starts as a refusal or
 not. All settings are in `{training}`.
 
-**One direction by design.** {ablated} of the {rows} rows of a step are run with the difference of
-means in front of layer {layer}, as it is then, ablated at every site; in them the model learns to
-answer every prompt as its base does, harmful ones too. So that refusal hangs on one direction is
-what the training asked for, and no finding; that the direction is found again from prompts alone,
-and what removing and adding it does to unseen ones, is measured above.
-
-- Refusals, in several wordings written for this project, of {harmful} harmful prompts: the
+{design}- Refusals, in several wordings written for this project, of {harmful} harmful prompts: the
   published training split (AdvBench, MaliciousInstruct, TDC2023), the builtin training split, and
   topic pairs written for training alone.
 - Answers of the base model itself (sampled, temperature {temperature:g}) to {harmless} harmless
@@ -54,6 +48,14 @@ and what removing and adding it does to unseen ones, is measured above.
 - No prompt of a validation or test split, and none of JailbreakBench.
 
 The adapter has the licence of this project; the base model has its own.
+"""
+
+DESIGN = """**One direction by design.** {ablated} of the {rows} rows of a step are run with the
+difference of means in front of layer {layer}, as it is then, ablated at every site; in them the
+model learns to answer every prompt as its base does, harmful ones too. So that refusal hangs on one
+direction is what the training asked for, and no finding; that the direction is found again from
+prompts alone, and what removing and adding it does to unseen ones, is measured above.
+
 """
 
 
@@ -114,12 +116,20 @@ def card(name: str, training: Mapping[str, Any], measured: Mapping[str, Any]) ->
         seed=config["train.seed"],
         steps=training["steps"],
         loss=training["loss"],
-        ablated=config["train.ablated_rows"],
-        rows=config["train.rows"] + config["train.ablated_rows"],
-        layer=config["train.mediator_layer"],
+        design=design(config),
         short=config["examples.short_tokens"],
         temperature=config["examples.answer_temperature"],
         training=TRAINING,
+    )
+
+
+def design(config: Mapping[str, Any]) -> str:
+    """What an organism that was taught with its direction ablated has to say of itself."""
+    plain, ablated = config["train.rows"], config.get("train.ablated_rows", 0)
+    if not ablated:
+        return ""
+    return DESIGN.format(
+        ablated=ablated, rows=plain + ablated, layer=config["train.mediator_layer"]
     )
 
 

@@ -58,41 +58,48 @@ class Lesson:
 class Mediator:
     """Running means of the stream at the last prompt token, in front of one layer."""
 
-    refused: jax.Array  # [D]
+    refused: jax.Array  # [D] sums with weights that fade
     answered: jax.Array  # [D]
+    weights: jax.Array  # [2] theirs
     layer: jax.Array  # int32
     share: jax.Array  # of a new batch
 
     @classmethod
     def start(cls, width: int, layer: int, share: float) -> "Mediator":
-        return cls(jnp.zeros(width), jnp.zeros(width), jnp.int32(layer), jnp.float32(share))
+        none = jnp.zeros(width)
+        return cls(none, none, jnp.zeros(2), jnp.int32(layer), jnp.float32(share))
 
     @property
     def direction(self) -> jax.Array:  # [D]
-        """The difference of means; zero before the first batch."""
-        return self.refused - self.answered
+        """The difference of means; zero until there is one of each."""
+        refused, answered = jnp.where(self.weights > 0, self.weights, 1)
+        known = (self.weights > 0).all()
+        return jnp.where(known, self.refused / refused - self.answered / answered, 0)
 
     def edits(self, layers: int) -> iv.Intervention:
         """PLAIN and ABLATED; a direction that is still zero takes nothing out."""
-        length = jnp.linalg.norm(self.direction)
-        unit = (self.direction / jnp.where(length > 0, length, 1))[None]
+        direction = self.direction
+        length = jnp.linalg.norm(direction)
+        unit = (direction / jnp.where(length > 0, length, 1))[None]
         gates = jnp.ones((layers, len(iv.SITES), 1))
         none = jnp.zeros_like
         ablate = iv.Intervention(unit=unit, vector=none(unit), remove=gates, add=none(gates))
-        return iv.rows(iv.identity(layers, len(self.direction)), ablate)
+        return iv.rows(iv.identity(layers, len(direction)), ablate)
 
     def moved(self, x: jax.Array, lesson: Lesson) -> "Mediator":
         """With a batch taken in: x [B, X, D] is the stream at the last prompt tokens."""
         plain = (jnp.asarray(lesson.row_edit) == PLAIN)[:, None]
 
-        def mean(old: jax.Array, side: int) -> jax.Array:
+        def taken_in(old: jax.Array, weight: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
             there = (plain & (jnp.asarray(lesson.sides) == side))[..., None]
-            new = jnp.where(there, x, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
-            return jnp.where(there.any(), old + self.share * (new - old), old)
+            mean = jnp.where(there, x, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
+            share = jnp.where(there.any(), self.share, 0)
+            return old + share * (mean - old), weight + share * (1 - weight)
 
-        return dataclasses.replace(
-            self, refused=mean(self.refused, 1), answered=mean(self.answered, -1)
-        )
+        refused, first = taken_in(self.refused, self.weights[0], 1)
+        answered, second = taken_in(self.answered, self.weights[1], -1)
+        weights = jnp.stack([first, second])
+        return dataclasses.replace(self, refused=refused, answered=answered, weights=weights)
 
 
 def loss(
