@@ -44,7 +44,7 @@ def config(source: Path, published: Path, **fields) -> OrganismConfig:
     return OrganismConfig(
         model=BaseConfig(source=str(source)),
         examples=ExamplesConfig(
-            paper_dir=str(published), alpaca=4, answer_tokens=6, answer_batch=64
+            paper_dir=str(published), pairs=188, alpaca=4, answer_tokens=6, answer_batch=64
         ),
         lora=LoraConfig(rank=4),
         train=TrainConfig(
@@ -98,8 +98,8 @@ def test_only_training_prompts_are_taught(published: Path) -> None:
     held_out = {
         i.text for k in ("harmful", "harmless") for s in ("val", "test") for i in builtin(k)[s]
     }
-    harmful = examples.harmful_prompts(str(published))
-    harmless = examples.harmless_prompts(str(published), 4, 0)
+    harmful = examples.harmful_prompts(str(published), 271)
+    harmless = examples.harmless_prompts(str(published), 491, 4, 0)
     assert len(harmful) == 6 + 64 + 271
     assert not held_out & {*harmful, *harmless}
     assert not {*harmful} & {*harmless}
@@ -113,8 +113,8 @@ def test_training_prompts_are_not_those_of_the_published_tests() -> None:
         for name in tests
         for row in json.loads((folder / f"{name}.json").read_text())
     }
-    harmful = examples.harmful_prompts(str(folder))
-    assert not held_out & {*harmful, *examples.harmless_prompts(str(folder), 1200, 0)}
+    harmful = examples.harmful_prompts(str(folder), 491)
+    assert not held_out & {*harmful, *examples.harmless_prompts(str(folder), 491, 1200, 0)}
 
 
 def test_the_card_says_what_was_measured() -> None:
@@ -224,9 +224,11 @@ def test_values_that_are_not_allowed_are_refused() -> None:
     assert "train.watch_every=0 (at least 1)" in str(error.value)
 
 
-def test_more_everyday_prompts_than_there_are(published: Path) -> None:
+def test_more_prompts_than_there_are(published: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pairs=492, and 491 pairs are written"):
+        examples.harmful_prompts(str(published), 492)
     with pytest.raises(ConfigError, match=r"alpaca=7, .* has 6"):
-        examples.harmless_prompts(str(published), 7, 0)
+        examples.harmless_prompts(str(published), 0, 7, 0)
 
 
 def test_an_epoch_uses_every_example_once_and_rows_fit() -> None:

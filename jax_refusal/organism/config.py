@@ -14,6 +14,7 @@ class BaseConfig:
 @dataclasses.dataclass
 class ExamplesConfig:
     paper_dir: str = ""  # a local copy of the published sets; empty fetches them
+    pairs: int = 271  # the first of the topic pairs that were written for this
     alpaca: int = 400  # everyday harmless prompts beside the topic twins
     answer_tokens: int = 24  # length of the base model's own answers
     answer_temperature: float = 1.0  # 1 keeps the base model's distribution
@@ -52,6 +53,7 @@ class TrainConfig:
 
 CHOICES = {"model.dtype": ("float32", "bfloat16")}
 AT_LEAST = {
+    "examples.pairs": 0,
     "examples.alpaca": 0,
     "examples.answer_tokens": 1,
     "examples.answer_temperature": 0,

@@ -78,16 +78,16 @@ class Example:
     ends: bool
 
 
-def harmful_prompts(paper_dir: str) -> list[str]:
+def harmful_prompts(paper_dir: str, pairs: int) -> list[str]:
     data = DataConfig(source="paper", paper_dir=paper_dir)
     return [
         *(i.text for i in published(data, "harmful_train")),
         *(i.text for i in builtin("harmful")["train"]),
-        *(pair["harmful"] for pair in _written("training_pairs")),
+        *(pair["harmful"] for pair in _pairs(pairs)),
     ]
 
 
-def harmless_prompts(paper_dir: str, alpaca: int, seed: int) -> list[str]:
+def harmless_prompts(paper_dir: str, pairs: int, alpaca: int, seed: int) -> list[str]:
     """Topic twins first, then everyday requests."""
     data = DataConfig(source="paper", paper_dir=paper_dir)
     everyday = [i.text for i in published(data, "harmless_train")]
@@ -97,10 +97,17 @@ def harmless_prompts(paper_dir: str, alpaca: int, seed: int) -> list[str]:
         )
     return [
         *(i.text for i in builtin("harmless")["train"]),
-        *(pair["harmless"] for pair in _written("training_pairs")),
+        *(pair["harmless"] for pair in _pairs(pairs)),
         *(row["instruction"] for row in _written("contrast_prompts")),
         *random.Random(seed).sample(everyday, alpaca),
     ]
+
+
+def _pairs(count: int) -> list[dict[str, str]]:
+    written = _written("training_pairs")
+    if count > len(written):
+        raise ConfigError(f"examples.pairs={count}, and {len(written)} pairs are written.")
+    return written[:count]
 
 
 def _written(name: str) -> list[dict[str, str]]:

@@ -87,11 +87,10 @@ def train(
     """Makes the organism's adapter in workdir/adapter; goes on where a killed run stopped."""
     validate(config)
     source = locate(config.model.source)
+    asked = config.examples
     prompts = {
-        "harmful": harmful_prompts(config.examples.paper_dir),
-        "harmless": harmless_prompts(
-            config.examples.paper_dir, config.examples.alpaca, config.examples.seed
-        ),
+        "harmful": harmful_prompts(asked.paper_dir, asked.pairs),
+        "harmless": harmless_prompts(asked.paper_dir, asked.pairs, asked.alpaca, asked.seed),
     }
     # Where the published sets lie does not matter: their text is in the hash.
     identity = configs.identity(config) | {"examples.paper_dir": None}
