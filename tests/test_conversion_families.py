@@ -1,6 +1,8 @@
-"""Models that leave, of families whose files differ from Llama's: transformers loads what is left."""
+"""Models that leave, of families whose files differ from Llama's: transformers loads them."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import jax_refusal as jr
 from jax_refusal.conversion import Request, convert
 from tests import oracle, tiny
 from tests.models.cases import GROWTH, fields
-from tests.tolerances import PARITY, assert_close
+from tests.tolerances import PARITY, assert_close, largest
 
 IDS = np.random.default_rng(1).integers(3, 400, size=(2, 20))
 VECTOR = 3 * np.random.default_rng(0).normal(size=32).astype(np.float32)  # [D]
@@ -116,3 +118,29 @@ def test_experts_that_lie_fused(
     assert_close(hf_logits(tiny.hf_model(out)), expected, PARITY)
     again = converted(source, tmp_path / "orbax", used, to="orbax")
     assert_close(jr.logits(jr.load_model(str(again)), IDS), expected, PARITY)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_an_approximation_is_measured_on_the_card(
+    template: bool, checkpoint: Checkpoint, direction: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint(**fields("gemma2")), tmp_path / "source"))
+    if not template:
+        settings = json.loads((source / "tokenizer_config.json").read_text())
+        del settings["chat_template"]
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    out = converted(source, tmp_path / "out", direction, approximate=True)
+    text = (out / "README.md").read_text()
+    assert "a norm stands between some writes and the stream" in text
+    found = re.search(r"on (\d+) tokens of (.+): logits differ by at most (\S+) where", text)
+    assert found
+    assert float(found[3]) > 0
+    if template:
+        assert found[2] == "everyday prompts"
+        return
+    assert found[2] == "pseudo-random text, for want of a chat template"
+    model, again = jr.load_model(str(source)), jr.load_model(str(out))
+    ids = np.random.default_rng(0).integers(model.arch.vocab, size=(8, 32))
+    stream = jr.logits(model, ids, edit=jr.ablate(VECTOR, model.arch.layers))
+    assert int(found[1]) == ids.size
+    assert found[3] == f"{largest(np.asarray(jr.logits(again, ids)) - stream):.3g}"
