@@ -43,7 +43,9 @@ HOLDS = {
     "gguf-control-vector": ("addition",),
 }
 CONTROL_VECTOR = "control_vector.gguf"
-MEASURED_PROMPTS = 8  # of the builtin harmless set, on which an edit is held against its original
+# On which an edit is held against its original: of the builtin harmless set, or of random tokens.
+MEASURED_PROMPTS = 8
+RANDOM_TOKENS = 32  # of each of those, where there is no chat template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,11 +244,14 @@ def _measured(
         edit = iv.add(
             origin.direction, arch.layers, layer=origin.layer, coefficient=request.coefficient
         )
+    on = "everyday prompts"
     try:
         texts = [i.text for i in builtin("harmless")["val"][:MEASURED_PROMPTS]]
         prompts = load_chat(origin.source).encode(texts)
     except ChatError:  # a model without a template can be edited all the same
-        return {}
+        on = "pseudo-random text, for want of a chat template"
+        shape = (MEASURED_PROMPTS, min(RANDOM_TOKENS, arch.context))
+        prompts = np.random.default_rng(0).integers(arch.vocab, size=shape).tolist()
     length = max(map(len, prompts))
     ids, mask = np.zeros((2, len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
@@ -257,6 +262,7 @@ def _measured(
     return {
         "measured": {
             "tokens": int(real.sum()),
+            "on": on,
             "largest_difference": float(np.abs(ours - stream).max()),
             "largest_logit": float(np.abs(stream).max()),
             "same_next_token": float(np.mean(ours.argmax(-1) == stream.argmax(-1))),

@@ -3,6 +3,7 @@
 Letters: L layers, D residual width.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,7 +19,16 @@ from jax_refusal.models.families import Architecture, UnsupportedModel, architec
 from jax_refusal.models.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9  # of one safetensors file
-CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+# Where a source has no class of its own to name: a GGUF file, or a text model out of its wrapper.
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+}
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What belongs to a model beside its weights and config. Code of a checkpoint is not copied.
 BESIDE = (
@@ -50,17 +60,23 @@ def config(
 ) -> dict[str, Any]:
     """The original config.json with what an edit changed; weights leave as numbers, not packed.
 
+    Of a multimodal checkpoint it is the text model's own, as the tensors of `convert.stored` are.
     Raises ExportError where the family's config has no word for the architecture.
     """
     original = {name: original[name] for name in original if name != "quantization_config"}
+    if arch.wrapped:
+        original = _text(arch, original)
     key = "dtype" if "dtype" in original else "torch_dtype"
     changed = {**original, "tie_word_embeddings": arch.tied_head, key: dtype}
     if arch.family in CLASSES:
         changed.setdefault("architectures", [CLASSES[arch.family]])
     if arch.mlp_bias:
         changed["mlp_bias"] = True
+    # Neither how the source names its tensors nor what lay around them is for a config to say.
+    meant = dataclasses.replace(arch, wrapped=False)
     try:
-        same = architecture(changed, ignore) == arch
+        read = architecture(changed, ignore)
+        same = dataclasses.replace(read, naming=arch.naming) == meant
     except UnsupportedModel:
         same = False
     if not same:
@@ -69,6 +85,17 @@ def config(
             "that no other program would read the edited weights as they are."
         )
     return changed
+
+
+def _text(arch: Architecture, wrapper: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the text model inside, with what only the wrapper says of it."""
+    said = ("dtype", "torch_dtype", "transformers_version", *SPECIAL)
+    outer = {name: wrapper[name] for name in said if wrapper.get(name) is not None}
+    inner = {k: v for k, v in wrapper["text_config"].items() if k != "quantization_config"}
+    if {"dtype", "torch_dtype"} & set(inner):  # one of the two names
+        outer = {name: outer[name] for name in outer if not name.endswith("dtype")}
+    given = {name: value for name, value in inner.items() if value is not None or name not in outer}
+    return {**outer, **given, "architectures": [CLASSES[arch.family]]}
 
 
 def write_hugging_face(

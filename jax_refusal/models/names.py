@@ -296,8 +296,8 @@ Stored = TypeVar("Stored")
 
 def as_stored(arch: Architecture, tensors: Mapping[str, Stored]) -> Architecture:
     """The architecture, named as this checkpoint names it: experts may lie fused."""
-    if arch.naming == "gpt_oss":  # whose own names are among these
-        return arch
+    if not any("{expert}" in name for name, _, _ in NAMING[arch.naming]):
+        return arch  # they lie in one tensor as it is, and gpt-oss's own names are among these
     fused = {name for name, path, _ in FUSED_EXPERTS if path == "blocks.expert_down"}
     if any(name.format(layer=0) in tensors for name in fused):
         return dataclasses.replace(arch, naming="fused_experts")

@@ -77,7 +77,7 @@ def card(
         lines += [
             "",
             f"Against the same edit made in the stream while the unedited model runs, on "
-            f"{m['tokens']} tokens of everyday prompts: logits differ by at most "
+            f"{m['tokens']} tokens of {m['on']}: logits differ by at most "
             f"{m['largest_difference']:.3g} where the largest is {m['largest_logit']:.3g}, and the "
             f"next token is the same at {100 * m['same_next_token']:.1f}% of them.",
         ]

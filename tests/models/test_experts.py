@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import convert, lora
+from jax_refusal.models import convert, lora, names
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.experts import route, routed_mlp
 from jax_refusal.models.families import UnsupportedModel, architecture
@@ -174,6 +174,16 @@ def test_experts_may_lie_fused(name: str, checkpoint: Callable[..., Path], tmp_p
     for tensor, values in convert.to_hugging_face(model):
         np.testing.assert_array_equal(values, theirs.pop(tensor), err_msg=tensor, strict=True)
     assert not theirs
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "gemma4_text_all_untied"])
+def test_only_experts_that_are_named_one_by_one_may_lie_fused(
+    name: str, checkpoint: Callable[..., Path]
+) -> None:
+    arch = jr.load_model(str(checkpoint(**fields(name)))).arch
+    found = names.as_stored(arch, {"model.layers.0.mlp.experts.down_proj": None})
+    assert (found.naming == "fused_experts") == (name in NAMES)
+    assert names.as_stored(arch, {}) == arch
 
 
 def test_no_adapter_of_experts(checkpoint: Callable[..., Path]) -> None:
