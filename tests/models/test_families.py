@@ -37,6 +37,9 @@ from tests.tolerances import (
 Checkpoint = Callable[..., Path]
 B = 2
 ONE = np.ones(1, np.float32)
+MISTRAL = {"architecture": "mistral"}
+MISTRAL3 = {"model_type": "mistral3", "spatial_merge_size": 2}
+UNIFIED = {"model_type": "gemma4_unified", "audio_config": {}, "boi_token_id": 3}
 
 
 def random_ids(vocab: int) -> np.ndarray:  # [B, T]
@@ -228,15 +231,36 @@ def test_the_text_model_of_a_multimodal_checkpoint(
         np.testing.assert_array_equal(values, again.leaves()[leaf], err_msg=leaf)
 
 
-def test_the_text_model_of_mistral3(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A wrapper around either of two families, whose files name no text model in their tensors."""
-    source = checkpoint(**fields("ministral3"))
+@pytest.mark.parametrize(
+    ("wrapper", "text_model", "front", "others"),
+    [
+        (MISTRAL3, "ministral3", "language_model.", "vision_tower.ln_pre.weight"),
+        (
+            MISTRAL3,
+            {"architecture": "mistral"},
+            "language_model.",
+            "multi_modal_projector.n.weight",
+        ),
+        (UNIFIED, "gemma4_unified_text", "model.language_model.", "model.embed_vision.n.weight"),
+    ],
+)
+def test_the_text_model_in_a_wrapper(
+    wrapper: dict[str, Any],
+    text_model: str | dict[str, Any],
+    front: str,
+    others: str,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    """Wrappers around one of several families, with tensors of other modalities beside."""
+    case = fields(text_model) if isinstance(text_model, str) else text_model
+    source = checkpoint(**case)
     text = json.loads((source / "config.json").read_text())
-    outer = {"model_type": "mistral3", "text_config": text, "vision_config": {"model_type": "x"}}
-    (tmp_path / "config.json").write_text(json.dumps({**outer, "spatial_merge_size": 2}))
-    tensors = {f"language_model.{name}": values for name, values in stored(source).items()}
-    tensors["vision_tower.ln_pre.weight"] = tensors["multi_modal_projector.norm.weight"] = ONE
-    save_file(tensors, tmp_path / "model.safetensors")
+    outer = {**wrapper, "text_config": text, "vision_config": {"model_type": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    inner = "model." if front.startswith("model.") else ""
+    tensors = {front + name.removeprefix(inner): v for name, v in stored(source).items()}
+    save_file({**tensors, others: ONE}, tmp_path / "model.safetensors")
     again = jr.load_model(str(tmp_path))
     for leaf, values in jr.load_model(str(source)).leaves().items():
         np.testing.assert_array_equal(values, again.leaves()[leaf], err_msg=leaf)
