@@ -5,13 +5,14 @@ without hardware, and no hub.
 """
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every test compiles for itself: a stored program could hide what compiling says.
 jax.config.update("jax_enable_compilation_cache", False)
 torch.set_num_threads(1)
+# A shell's background jobs ignore Ctrl-C, and what they start inherits it: an interrupt is tested
+# wherever the suite is started.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if "not slow" in config.option.markexpr:
         os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module() -> Iterator[None]:
+    """Every compiled program holds a few memory mappings, of which a process may have some 65,000:
+    more than all tests together would take."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
