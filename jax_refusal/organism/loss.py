@@ -66,8 +66,8 @@ class Mediator:
 
     @classmethod
     def start(cls, width: int, layer: int, share: float) -> "Mediator":
-        none = jnp.zeros(width)
-        return cls(none, none, jnp.zeros(2), jnp.int32(layer), jnp.float32(share))
+        refused, answered = jnp.zeros(width), jnp.zeros(width)  # two buffers: a step donates both
+        return cls(refused, answered, jnp.zeros(2), jnp.int32(layer), jnp.float32(share))
 
     @property
     def direction(self) -> jax.Array:  # [D]
