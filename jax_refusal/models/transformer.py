@@ -244,7 +244,10 @@ class Transformer(nnx.Module):
             arch = self.arch
             x = layers.rms_norm(x, self.final_norm[...], arch.norm_epsilon, arch.norm)
             if self.head is None:
-                logits = layers.einsum("bqd,vd->bqv", x, self.embed[...])
+                if x.shape[0] * x.shape[1] <= 32:
+                    logits = layers.linear(x, self.embed[...], outputs_first=True)
+                else:
+                    logits = layers.einsum("bqd,vd->bqv", x, self.embed[...])
             else:
                 logits = layers.einsum("bqd,dv->bqv", x, self.head[...])
             logits = layers.soft_cap(logits.astype(jnp.float32), arch.logit_cap)
