@@ -100,7 +100,7 @@ def generate(
     *,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> list[str]:
     """A reply to each instruction; greedy unless temperature > 0."""
     replies = generation.generate(

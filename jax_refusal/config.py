@@ -62,14 +62,14 @@ class SelectionConfig:
 @dataclasses.dataclass
 class GenerateConfig:
     max_new_tokens: int = 512
-    batch_size: int = dataclasses.field(default=32, metadata=HOW)
+    batch_size: int = dataclasses.field(default=64, metadata=HOW)
     temperature: float = 0.0  # 0 is greedy
     seed: int = 0
 
 
 @dataclasses.dataclass
 class ComputeConfig:
-    row_tokens: int = dataclasses.field(default=256, metadata=HOW)  # length of a packed row
+    row_tokens: int = dataclasses.field(default=64, metadata=HOW)  # length of a packed row
     batch_tokens: int = dataclasses.field(default=4096, metadata=HOW)  # tokens in one forward pass
 
 

@@ -21,7 +21,7 @@ from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.generate import Sampling, generate
-from jax_refusal.study.selection import Rule, Selection, SelectionError, select
+from jax_refusal.study.selection import AtLeast, Rule, Selection, SelectionError, select
 from jax_refusal.study.sweep import Sweep
 from tests import oracle, tiny
 from tests.tolerances import MEANS, SCORES, assert_close, largest
@@ -139,6 +139,27 @@ def test_lazy_equals_full_grid(pair: tuple[Transformer, PreTrainedModel], chat: 
     assert sum(c.refusal_score is not None for c in lazy.table) == len(kept[0])
 
 
+def test_a_bound_of_kl_is_below_it_and_above_the_limit(
+    pair: tuple[Transformer, PreTrainedModel], chat: Chat
+) -> None:
+    """A limited measurement says of each candidate what the whole one does."""
+    model, _ = pair
+    directions = differences(model, chat)
+    sweep = sweep_of(model, chat, directions)
+    assert len(sweep.shares) > 1
+    cells = [cell for cell in np.ndindex(directions.shape[:2]) if directions[cell].any()]
+    whole = sweep.kl(cells)
+    limit = max(whole) / 8
+    limited = sweep.kl(cells, limit)
+    bounds = [isinstance(value, AtLeast) for value in limited]
+    assert any(bounds) and not all(bounds), (whole, limited)
+    for value, exact, bound in zip(limited, whole, bounds, strict=True):
+        if bound:
+            assert limit < value <= exact + SCORES
+        else:
+            assert abs(value - exact) <= SCORES
+
+
 class Table:
     """A scorer that reads random scores, some of them NaN or infinite, and counts the questions."""
 
@@ -159,7 +180,7 @@ class Table:
     def induce(self, cells: Any) -> list[float]:
         return self._read("steering_score", cells)
 
-    def kl(self, cells: Any) -> list[float]:
+    def kl(self, cells: Any, limit: float) -> list[float]:
         return self._read("kl_div_score", cells)
 
 

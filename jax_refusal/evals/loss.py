@@ -36,7 +36,7 @@ def reply_loss(
     replies: Sequence[Sequence[int]],  # token ids, one reply for each prompt, none empty
     edit: Edit,  # one row
     *,
-    row_tokens: int = 256,
+    row_tokens: int = 64,
     rows: int = 4,
     progress: Progress = silent,
     title: str = "loss",

@@ -90,7 +90,7 @@ def prefix_tokens(prompts: Prompts, rows: int) -> Tokens:
 
 
 def pack(
-    prompts: Prompts, *, row_tokens: int = 256, batch_tokens: int = 4096, multiple: int = 1
+    prompts: Prompts, *, row_tokens: int = 64, batch_tokens: int = 4096, multiple: int = 1
 ) -> list[Packed]:
     """Packs prompts (without their shared prefix) into rows of one length, batches of one shape.
 
@@ -169,7 +169,7 @@ def host_tokens(ids: Any, positions: Any, segments: Any) -> Tokens:
 
 def fit_rows(lengths: list[int], row_tokens: int) -> tuple[list[list[int]], int]:
     """Which items share a row, and the row length: tokens spread evenly over the rows needed."""
-    total, longest, step = sum(lengths), max(lengths), 32
+    total, longest, step = sum(lengths), max(lengths), 16
     rows = -(-total // row_tokens)
     length = -(-max(longest, total // rows) // step) * step
     while True:  # a row of all tokens always suffices

@@ -64,7 +64,7 @@ def last_logits(
     prompts: Prompts,
     edit: Edit,  # one row
     *,
-    row_tokens: int = 256,
+    row_tokens: int = 64,
     batch_tokens: int = 4096,
 ) -> np.ndarray:  # [N prompts, V] float32, in the order of the prompts
     """Logits at every prompt's last token under one edit."""
@@ -118,7 +118,7 @@ def mean_activations(
     score: Callable[[jax.Array, Any], jax.Array] | None = None,
     score_params: Any = None,
     sign: int = 0,
-    row_tokens: int = 256,
+    row_tokens: int = 64,
     batch_tokens: int = 4096,
     progress: Progress = silent,
     title: str = "collect",

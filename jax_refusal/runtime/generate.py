@@ -13,6 +13,7 @@ import numpy as np
 from jax_refusal import interventions, sharding
 from jax_refusal.interventions import Intervention
 from jax_refusal.models import cache as caches
+from jax_refusal.models.block import Block
 from jax_refusal.models.cache import Cache, Tokens
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.transformer import Transformer
@@ -41,9 +42,14 @@ class Sampling:
         return jax.lax.cond(self.temperature > 0, sample, greedy).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("room", "unroll"))
+# Once for all batches of a job: single layers are a copy of the weights.
+_unrolled = jax.jit(Transformer.unrolled)
+
+
+@partial(jax.jit, static_argnames=("room",))
 def _generate(
     model: Transformer,
+    blocks: tuple[Block, ...] | None,  # steps run over these single layers instead of a scan
     tokens: Tokens,  # [B, T], left-padded
     edit: Intervention,
     prefix: Cache | None,  # R or 1 rows of N tokens
@@ -53,7 +59,6 @@ def _generate(
     finished: jax.Array,  # [B] rows that only fill up the batch
     *,
     room: int,  # slots for new tokens, at least `limit`
-    unroll: bool,  # steps run over single layers instead of a scan
 ) -> tuple[jax.Array, jax.Array]:  # ids [B, room], lengths [B] (stop token included)
     rows, slots = tokens.ids.shape
     if prefix is None:
@@ -62,7 +67,7 @@ def _generate(
         cache = prefix.repeat(rows // prefix.positions.shape[0]).grow(slots + room)
     out = model(tokens, edit, cache=cache)
     assert out.cache is not None
-    blocks, cache = (model.unrolled(), out.cache.unrolled()) if unroll else (None, out.cache)
+    cache = out.cache if blocks is None else out.cache.unrolled()
     first = sampling.choose(model.unembed(out.x[:, -1:])[:, 0], jnp.int32(0))
 
     def running(state):
@@ -131,10 +136,15 @@ def generate(
         )
     mesh = mesh_of(model)
     data = mesh.shape["data"]
-    size = min(batch_size, bucket(len(prompts.ids), least=1))
+    # Batches of one size, the last as full as the others; a single one of one of few sizes.
+    batches = -(-len(prompts.ids) // batch_size)
+    size = -(-len(prompts.ids) // batches)
+    size = min(batch_size, bucket(size, least=1)) if batches == 1 else size
     size = -(-size // data) * data
     replies: list[list[int]] = [[] for _ in prompts.ids]
     with jax.set_mesh(mesh):
+        # Where steps of few rows wait for memory: see `unrolled`.
+        blocks = _unrolled(model) if mesh.devices.flat[0].platform == "cpu" else None
         one_row = edit.unit.shape[0] == 1
         prefix = shared_prefix(model, prompts, edit) if one_row else None
         for members in progress(list(by_length(prompts, size)), title):
@@ -145,6 +155,7 @@ def generate(
             own = interventions.take(edit, filled)
             ids, lengths = _generate(
                 model,
+                blocks,
                 place(tokens, mesh),
                 own,
                 prefix if one_row else shared_prefix(model, prompts, own, size),
@@ -157,7 +168,6 @@ def generate(
                 jnp.int32(max_new_tokens),
                 sharding.place(np.arange(size) >= len(members), mesh, "batch"),
                 room=bucket(max_new_tokens),
-                unroll=mesh.devices.flat[0].platform == "cpu",
             )
             ids, lengths = np.asarray(ids), np.asarray(lengths)
             for row, prompt in enumerate(members):

@@ -20,6 +20,10 @@ class SelectionError(ValueError):
     """No candidate passes; the message says which failed by what, and names the nearest."""
 
 
+class AtLeast(float):
+    """A lower bound of a score, where that is enough to know that it is too high."""
+
+
 @dataclasses.dataclass
 class Candidate:
     """One (position, layer) and its scores in nats; a score is None where it was not needed."""
@@ -29,6 +33,7 @@ class Candidate:
     refusal_score: float | None = None  # bypass
     steering_score: float | None = None  # induce
     kl_div_score: float | None = None
+    kl_at_least: float | None = None  # where KL was measured only until it was too high
     kept: bool = False
     reason: str = ""  # why it is not kept
 
@@ -61,21 +66,26 @@ class Rule:
             return f"induce {c.steering_score:.3f} < {self.induce_threshold:g}"
         if c.kl_div_score is not None and c.kl_div_score > self.kl_threshold:
             return f"KL {c.kl_div_score:.3f} > {self.kl_threshold:g}"
+        if c.kl_div_score is None and (c.kl_at_least or 0.0) > self.kl_threshold:
+            return f"KL at least {c.kl_at_least:.3f} > {self.kl_threshold:g}"
         return ""
 
     def shortfall(self, c: Candidate) -> float:
-        """By how many nats the worse of the two thresholds is missed; infinite if not eligible."""
-        known = c.steering_score is not None and c.kl_div_score is not None
-        if not known or c.layer >= self.end or c.reason == ZERO:
+        """By how many nats the worse of the two thresholds is missed, or at least so far as the
+        scores are known; infinite if not eligible."""
+        if c.layer >= self.end or c.reason == ZERO:
             return math.inf
         if c.refusal_score is not None and not math.isfinite(c.refusal_score):
             return math.inf
-        assert c.steering_score is not None and c.kl_div_score is not None
-        gaps = (c.kl_div_score - self.kl_threshold, self.induce_threshold - c.steering_score)
-        return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
+        kl = c.kl_at_least if c.kl_div_score is None else c.kl_div_score
+        gaps = [] if kl is None else [kl - self.kl_threshold]
+        if c.steering_score is not None:
+            gaps.append(self.induce_threshold - c.steering_score)
+        return max(gaps, default=-math.inf) if all(map(math.isfinite, gaps)) else math.inf
 
 
 ZERO = "zero difference of means"
+AT_ONCE = 16  # candidates scored together in the search for the nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +107,10 @@ class Scorer(Protocol):
     """Scores candidates, given as (position index 0..P-1, layer) pairs: a float for each."""
 
     def induce(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
-    def kl(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
+    def kl(self, cells: Sequence[tuple[int, int]], limit: float) -> list[float]:
+        """Above the limit, a lower bound that is above it is enough: an `AtLeast`."""
+        ...
+
     def bypass(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
 
 
@@ -112,9 +125,10 @@ def select(
 ) -> Selection:
     """Picks the paper's candidate, scoring in order of cost and only what is still in question.
 
-    A candidate that fails a threshold cannot win, so its later scores are not computed; the winner
-    is that of the full grid. fallback="least_bad" takes the candidate that misses the thresholds by
-    the least where none passes; "error" raises SelectionError.
+    A candidate that fails a threshold cannot win, so its later scores are not computed. KL comes
+    first: a few prompts show of most candidates that theirs is too high. The winner is that of the
+    full grid, and so is the nearest where none passes: fallback="least_bad" takes that one, the
+    candidate that misses the thresholds by the least; "error" raises SelectionError.
     """
     P, L, _ = directions.shape
     table = [Candidate(p - P, layer) for p in range(P) for layer in range(L)]
@@ -124,20 +138,20 @@ def select(
         if norm == 0 or not np.isfinite(norm):
             c.reason = ZERO
 
-    def fill(score: str, measure: Callable, candidates: list[Candidate]) -> None:
+    def fill(score: str, measure: Callable, candidates: list[Candidate], *limit: float) -> None:
         todo = [c for c in candidates if getattr(c, score) is None and c.reason != ZERO]
         if todo:
             log(f"{score}: {len(todo)} of {len(table)} candidates")
-            values = measure([(c.position + P, c.layer) for c in todo])
+            values = measure([(c.position + P, c.layer) for c in todo], *limit)
             for c, value in zip(todo, values, strict=True):
-                setattr(c, score, float(value))
+                setattr(c, "kl_at_least" if isinstance(value, AtLeast) else score, float(value))
 
     def open_() -> list[Candidate]:
         return table if full_grid else [c for c in table if not rule.reason(c)]
 
     eligible = [c for c in table if full_grid or c.layer < rule.end]
+    fill("kl_div_score", scorer.kl, open_(), math.inf if full_grid else rule.kl_threshold)
     fill("steering_score", scorer.induce, open_())
-    fill("kl_div_score", scorer.kl, open_())
     fill("refusal_score", scorer.bypass, open_())
     for c in table:
         c.reason = rule.reason(c)
@@ -146,14 +160,26 @@ def select(
     if kept:
         return _selection(min(kept, key=_bypass), table, directions)
 
-    fill("kl_div_score", scorer.kl, eligible)  # to say how near the others came
     while True:
-        nearest = min(eligible, key=rule.shortfall, default=table[0])
+        # What is known bounds every shortfall from below: the nearest is the one whose bound, once
+        # it is scored in full, is still the least.
+        order = sorted(eligible, key=rule.shortfall)
+        nearest = order[0] if order else table[0]
+        if rule.shortfall(nearest) < math.inf and not known(nearest):
+            some = [c for c in order[:AT_ONCE] if rule.shortfall(c) < math.inf]
+            fill("kl_div_score", scorer.kl, some, math.inf)
+            fill("steering_score", scorer.induce, some)
+            continue
         if fallback != "least_bad" or math.isinf(rule.shortfall(nearest)):
             raise SelectionError(_diagnosis(table, nearest, rule))
         fill("refusal_score", scorer.bypass, [nearest])
         if not math.isinf(rule.shortfall(nearest)):
             return _selection(nearest, table, directions, fallback=True)
+
+
+def known(c: Candidate) -> bool:
+    """Whether both scores that have thresholds were measured."""
+    return c.kl_div_score is not None and c.steering_score is not None
 
 
 def choose(table: Sequence[Candidate], rule: Rule) -> Candidate | None:

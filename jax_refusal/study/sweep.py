@@ -6,6 +6,8 @@ candidate-major.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,10 +19,12 @@ from jax_refusal import sharding
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.transformer import Transformer
-from jax_refusal.runtime.batching import Prompts, pack, place, prefix_tokens
+from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
-from jax_refusal.study.scores import check_token_ids, kl_divergence, refusal_score
+from jax_refusal.study.scores import KL_EPSILON, check_token_ids, kl_divergence, refusal_score
+from jax_refusal.study.selection import AtLeast
 
+ROUNDING = 1e-4  # nats: so far above a limit no mean is by rounding alone
 Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
 
 
@@ -105,6 +109,18 @@ def _ablated(model: Transformer, rows: Rows, units: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def _kl_floor(rows: Rows, base: jax.Array) -> jax.Array:
+    """The least that the KL of these prompts can sum up to, whatever the edit; base [M, X, V].
+
+    With e inside both logs: sum_v p log((p + e) / (q + e)) >= - e sum_v log(1 + p / e), since
+    sum_v (p + e) log((p + e) / (q + e)) >= 0 (both sides sum to 1 + V e), and q is at least 0.
+    """
+    p = jax.nn.softmax(base, -1)
+    least = -KL_EPSILON * jnp.log1p(p / KL_EPSILON).sum(-1)
+    return jnp.where(rows.valid, least, 0).sum()
+
+
+@jax.jit
 def _kl(model: Transformer, rows: Rows, units: jax.Array, base: jax.Array) -> jax.Array:
     """[C] sums over the rows' prompts of the KL that ablation makes; base [M, X, V]."""
     divergence = kl_divergence(base[None], _ablated(model, rows, units))
@@ -181,7 +197,7 @@ class Sweep:
         harmless: Prompts,
         token_ids: Sequence[int],
         *,
-        row_tokens: int = 256,
+        row_tokens: int = 64,
         batch_tokens: int = 4096,
         progress: Progress = silent,
     ):
@@ -193,6 +209,7 @@ class Sweep:
         size = {"row_tokens": row_tokens, "batch_tokens": batch_tokens}
         self.harmful, self.harmful_count = self._rows(harmful, size), len(harmful.ids)
         self.harmless, self.harmless_count = self._rows(harmless, size), len(harmless.ids)
+        self.shares = [self._rows(share, size) for share in _shares(harmless)]
 
     def induce(self, cells: Cells) -> list[float]:
         """Mean refusal score on harmless prompts with the candidate added at its layer."""
@@ -217,15 +234,32 @@ class Sweep:
                         start += 1
         return [scores[c] / self.harmless_count for c in cells]
 
-    def kl(self, cells: Cells) -> list[float]:
-        """Mean KL on harmless prompts from the model to the model with the candidate ablated."""
+    def kl(self, cells: Cells, limit: float = math.inf) -> list[float]:
+        """Mean KL on harmless prompts from the model to the model with the candidate ablated.
+
+        With a limit the prompts are gone through in shares, and a candidate is left when what it
+        has summed up, and the least that the other prompts can add, is above it: an `AtLeast`.
+        """
+        sums, bounds = dict.fromkeys(cells, 0.0), {}
+        shares = [self.harmless] if math.isinf(limit) else self.shares
         with jax.set_mesh(self.mesh):
-            base = [_base_logits(self.model, rows) for rows in self.harmless]
+            base = [[_base_logits(self.model, rows) for rows in share] for share in shares]
+            pairs = [list(zip(*both, strict=True)) for both in zip(shares, base, strict=True)]
+            least = [sum(float(_kl_floor(*one)) for one in pair) for pair in pairs]
 
-        def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
-            return _kl(self.model, rows, units, base[i])
+        for i, share in enumerate(shares):
+            going = [c for c in cells if c not in bounds]
 
-        return self._over_units(cells, self.harmless, self.harmless_count, measure, "select: KL")
+            def measure(j: int, rows: Rows, units: jax.Array, i: int = i) -> jax.Array:
+                return _kl(self.model, rows, units, base[i][j])
+
+            means = self._over_units(going, share, 1, measure, "select: KL")
+            for cell, value in zip(going, means, strict=True):
+                sums[cell] += value
+                bound = (sums[cell] + sum(least[i + 1 :])) / self.harmless_count
+                if limit + ROUNDING < bound < math.inf and i + 1 < len(shares):
+                    bounds[cell] = AtLeast(bound)
+        return [bounds.get(c, sums[c] / self.harmless_count) for c in cells]
 
     def bypass(self, cells: Cells) -> list[float]:
         """Mean refusal score on harmful prompts with the candidate ablated."""
@@ -253,11 +287,11 @@ class Sweep:
         return [scores[c] / count for c in cells]
 
     def _chunks(self, cells: Cells, rows: Rows) -> list[list[tuple[int, int]]]:
-        """Cells in chunks of one size, the last filled up with its own last cell."""
+        """Cells in chunks of one size (of few sizes), the last filled up with its own last cell."""
         if not cells:
             return []
         most = max(1, self.batch_tokens // rows.tokens.ids.size)
-        size = -(-len(cells) // -(-len(cells) // most))
+        size = min(most, bucket(-(-len(cells) // -(-len(cells) // most)), least=1))
         chunks = [list(cells[i : i + size]) for i in range(0, len(cells), size)]
         chunks[-1] += [chunks[-1][-1]] * (size - len(chunks[-1]))
         return chunks
@@ -277,6 +311,16 @@ class Sweep:
             )
             for batch in pack(prompts, multiple=mesh.shape["data"], **size)
         ]
+
+
+def _shares(prompts: Prompts) -> list[Prompts]:
+    """An eighth, a quarter and the rest of the prompts."""
+    ends = [0, *sorted({max(1, len(prompts.ids) * k // 8) for k in (1, 3)}), len(prompts.ids)]
+    return [
+        dataclasses.replace(prompts, ids=prompts.ids[a:b])
+        for a, b in itertools.pairwise(ends)
+        if a < b
+    ]
 
 
 def _add(scores: dict[tuple[int, int], float], chunk: Cells, sums: jax.Array) -> None:

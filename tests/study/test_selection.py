@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from jax_refusal.study.selection import Candidate, Rule, SelectionError, choose, find, select
+from jax_refusal.study.selection import (
+    AtLeast,
+    Candidate,
+    Rule,
+    SelectionError,
+    choose,
+    find,
+    select,
+)
 from tests import shared
 
 Cells = Sequence[tuple[int, int]]
@@ -29,8 +37,10 @@ class Tables:
     def induce(self, cells: Cells) -> list[float]:
         return self.read("induce", cells)
 
-    def kl(self, cells: Cells) -> list[float]:
-        return self.read("kl", cells)
+    def kl(self, cells: Cells, limit: float) -> list[float]:
+        """A bound where that is enough, half way to the score."""
+        scores = self.read("kl", cells)
+        return [AtLeast((s + limit) / 2) if limit < s < math.inf else s for s in scores]
 
 
 def scorer(bypass, induce, kl) -> Tables:
@@ -68,8 +78,8 @@ def test_published_runs(run):
     assert (found.position, found.layer) == (metadata["pos"], metadata["layer"])
     assert {(c.position, c.layer) for c in found.table if c.kept} == kept
     assert sorted(lazy.asked["bypass"]) == sorted((p + P, layer) for p, layer in kept)
-    assert len(lazy.asked["induce"]) == P * rule.end
-    assert len(kept) <= len(lazy.asked["kl"]) < len(lazy.asked["induce"])
+    assert len(lazy.asked["kl"]) == P * rule.end
+    assert len(kept) <= len(lazy.asked["induce"]) < len(lazy.asked["kl"])
 
 
 def test_least_bypass_wins_and_its_own_vector_is_returned():
