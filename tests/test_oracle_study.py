@@ -272,9 +272,9 @@ def test_replies_by_a_scan(model: Transformer, chat: Chat, monkeypatch: pytest.M
     unrolled = generate(model, prompts, edit, **options)
     real, modes = generation._generate, []
 
-    def by_scan(*args: Any, unroll: bool, **options: Any) -> Any:
-        modes.append(unroll)
-        return real(*args, unroll=False, **options)
+    def by_scan(model: Any, blocks: Any, *args: Any, **options: Any) -> Any:
+        modes.append(blocks is not None)
+        return real(model, None, *args, **options)
 
     monkeypatch.setattr(generation, "_generate", by_scan)
     assert generate(model, prompts, edit, **options) == unrolled
