@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch import bench_hooks, bench_jax, bench_rows
+from launch import bench_hooks, bench_jax, bench_rows, bench_table
 
 SIDES = {"jax": bench_jax, "hooks": bench_hooks}
 
@@ -48,7 +48,7 @@ def test_the_sides_agree_on_a_tiny_model(tiny_dir: Path) -> None:
     rows = [row for job in bench_rows.JOBS.values() for row in job(spawn, sizes)]
     check_rows(rows)
     worker = {"job": "collect", "side": "jax", "peak_rss_mib": 1.0}
-    text = bench_rows.table(
+    text = bench_table.table(
         {"rows": rows, "machine": {"peaks": task["peaks"]}, "workers": [worker]}
     )
     assert all(row["what"] in text for row in rows)
