@@ -63,7 +63,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import bench_rows, bench_table, common
+from launch import bench_rows, bench_sizes, bench_table, common
 
 PACKAGES = "jax-refusal jax jaxlib flax numpy torch transformers nnsight transformer-lens"
 JOBS = list(bench_rows.JOBS)
@@ -80,11 +80,17 @@ flags.DEFINE_bool("quick", False, "Tiny sizes: shows whether all of it runs, not
 flags.DEFINE_string("out", "runs/bench/bench.json", "The JSON file to write.")
 flags.DEFINE_string("worker", "", "Internal: SIDE:JOB that this process is to do.")
 flags.DEFINE_string("folder", "", "Internal: where parent and worker exchange JSON.")
+
+
+def make_a_line(counts: list[str]) -> bool:
+    """Whether these are two or more different numbers of prompts, or none."""
+    numbers = {count for count in counts if count.isdigit() and int(count)}
+    return not counts or len(numbers) == len(counts) > 1
+
+
 flags.register_validator("jobs", lambda jobs: set(jobs) <= set(JOBS), f"They are {JOBS}.")
 flags.register_validator(
-    "scale_prompts",
-    lambda counts: not counts or len(set(filter(str.isdigit, counts)) - {"0"}) == len(counts) > 1,
-    "A line needs two or more different numbers of prompts, such as 1000,10000,100000.",
+    "scale_prompts", make_a_line, "A line needs two numbers or more, such as 1000,10000,100000."
 )
 
 
@@ -97,7 +103,7 @@ def main(_: list[str]) -> None:
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     if FLAGS.scale_prompts:
         given["scale_prompts"] = tuple(sorted(map(int, FLAGS.scale_prompts)))
-    sizes = dataclasses.replace(bench_rows.QUICK if FLAGS.quick else bench_rows.FULL, **given)
+    sizes = dataclasses.replace(bench_sizes.QUICK if FLAGS.quick else bench_sizes.FULL, **given)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "launch.bench", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -302,7 +302,9 @@ def run_config(task: Task) -> configs.RunConfig:
     return configs.RunConfig(
         model=configs.ModelConfig(source=task["source"], adapter=asked["adapter"]),
         data=configs.DataConfig(**asked["data"]),
-        selection=configs.SelectionConfig(fallback="least_bad"),
+        selection=configs.SelectionConfig(
+            fallback="least_bad", prune_layers=task["sizes"]["prune_layers"]
+        ),
         generate=configs.GenerateConfig(max_new_tokens=task["sizes"]["new_tokens"]),
     )
 

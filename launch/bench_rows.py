@@ -13,66 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from launch.bench_sizes import Sizes
+
 Row = dict[str, Any]
 Spawn = Callable[..., dict[str, Any]]  # (side, job, **more of the task) -> what the job returned
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    train: int  # prompts of each kind whose activations are collected
-    val: int  # prompts of each kind that score a candidate
-    grid: int  # candidates of the selection; 0 is every (position, layer)
-    candidates: int  # of these, scored by the hooks side too
-    rows: tuple[int, ...]  # batch sizes of generation
-    new_tokens: int
-    repeats: int  # timed calls
-    grid_repeats: int  # timed selections of each mode
-    warmups: int  # processes of `start` before the timed ones
-    matmul: int  # side of the square product
-    copy_mb: int  # what is copied to measure the memory
-    workflow: tuple[int, int, int]  # train, validation and test prompts of each kind
-    scale_prompts: tuple[int, ...]  # prompts collected
-    scale_candidates: tuple[int, ...]  # candidates scored
-    scale_tokens: tuple[int, ...]  # new tokens, for `scale_rows` prompts
-    scale_rows: int
-
-
-FULL = Sizes(
-    train=64,
-    val=32,
-    grid=0,
-    candidates=4,
-    rows=(1, 8, 32, 96),
-    new_tokens=64,
-    repeats=3,
-    grid_repeats=1,
-    warmups=1,
-    matmul=2048,
-    copy_mb=1000,
-    workflow=(128, 32, 100),
-    scale_prompts=(250, 500, 1000, 2000),
-    scale_candidates=(4, 8, 16),
-    scale_tokens=(16, 32, 64, 128),
-    scale_rows=8,
-)
-QUICK = Sizes(
-    train=4,
-    val=4,
-    grid=6,
-    candidates=2,
-    rows=(1, 3),
-    new_tokens=4,
-    repeats=1,
-    grid_repeats=1,
-    warmups=0,
-    matmul=256,
-    copy_mb=16,
-    workflow=(4, 4, 4),
-    scale_prompts=(4, 8, 16),
-    scale_candidates=(1, 2, 4),
-    scale_tokens=(2, 4, 8),
-    scale_rows=2,
-)
 
 
 def timed(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
@@ -280,9 +224,10 @@ def pipeline(spawn: Spawn, sizes: Sizes) -> list[Row]:
     answers = sum(stages[f"{kind} {edit}"] for kind, edit, _ in ours["conditions"])
     note = (
         f"{ours['origin']}, the model {'with' if ours['adapter'] else 'without'} an adapter that "
-        f"makes it refuse; selection {stages['selection']:.3g} s of ours, {parts['selection']:.3g} "
-        f"s of theirs, replies {answers:.3g} s and {parts['replies']:.3g} s; ours with some of the "
-        f"{compiled:.3g} s of compiling that the row leaves out"
+        f"makes it refuse; selection {stages['selection']:.4g} s of ours, "
+        f"{parts['selection']:.4g} s of theirs, replies {answers:.4g} s and "
+        f"{parts['replies']:.4g} s, ours with compiling, of which the row leaves out all "
+        f"{compiled:.4g} s"
     )
     train, val, test = ours["counts"]
     line = row(
@@ -320,11 +265,11 @@ def scale(spawn: Spawn, sizes: Sizes) -> list[Row]:
     peaks = [[run["peak_rss_mib"]] for run in runs]
     candidates = spawn("jax", "scale_candidates")["seconds"]
     tokens = spawn("jax", "scale_tokens")["seconds"]
-    each = f"new token of {sizes.scale_rows} rows"
+    each = f"new tokens of {sizes.scale_rows} rows"
     return [
-        scaling("prompt collected", "s", sizes.scale_prompts, seconds),
-        scaling("prompt collected, peak memory", "MiB", sizes.scale_prompts, peaks),
-        scaling("candidate, KL and bypass", "s", sizes.scale_candidates, candidates),
+        scaling("prompts, their means", "s", sizes.scale_prompts, seconds),
+        scaling("prompts, their means: peak memory", "MiB", sizes.scale_prompts, peaks),
+        scaling("candidates, KL and bypass", "s", sizes.scale_candidates, candidates),
         scaling(each, "s", sizes.scale_tokens, tokens),
     ]
 
@@ -339,7 +284,7 @@ def scaling(what: str, unit: str, counts: tuple[int, ...], runs: list[list[float
         f"once, R² {line['r2']:.4f}"
     )
     return row(
-        *("scale", f"{counts[-1]} x {what}", unit, runs[-1], "ours only"),
+        *("scale", f"{counts[-1]} {what}", unit, runs[-1], "ours only"),
         points=[list(point) for point in zip(counts, medians, strict=True)],
         fit=line,
         note=note,
