@@ -266,8 +266,9 @@ def scale(spawn: Spawn, sizes: Sizes) -> list[Row]:
     candidates = spawn("jax", "scale_candidates")["seconds"]
     tokens = spawn("jax", "scale_tokens")["seconds"]
     each = f"new tokens of {sizes.scale_rows} rows"
+    compiled = {"compile_seconds": [run["compile_seconds"] for run in runs]}
     return [
-        scaling("prompts, their means", "s", sizes.scale_prompts, seconds),
+        scaling("prompts, their means", "s", sizes.scale_prompts, seconds) | compiled,
         scaling("prompts, their means: peak memory", "MiB", sizes.scale_prompts, peaks),
         scaling("candidates, KL and bypass", "s", sizes.scale_candidates, candidates),
         scaling(each, "s", sizes.scale_tokens, tokens),

@@ -109,7 +109,8 @@ def test_rows_of_the_workflow_and_of_scaling_from_what_workers_say() -> None:
 
     def spawn(side: str, job: str, cache: str = "", **more: Any) -> dict[str, Any]:
         if job == "scale_prompts":  # linear time, constant memory
-            return {"seconds": [1 + 0.5 * more["count"]], "peak_rss_mib": 6.0}
+            seconds = {"seconds": [1 + 0.5 * more["count"]], "compile_seconds": [0.0]}
+            return seconds | {"peak_rss_mib": 6.0}
         if side == "hooks":
             assert more["directory"] == "merged" and more["gguf"] is None
         return answers[side, job] | {"peak_rss_mib": 6.0}
