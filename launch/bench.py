@@ -1,6 +1,6 @@
 """Our side against PyTorch + Hugging Face hooks, and against the machine, on one model in float32.
 
-python -m launch.bench [--quick] [--jobs=collect,select,generate,start] [--model=SOURCE]
+python -m launch.bench [--quick] [--jobs=collect,...] [--model=SOURCE]
 
 Jobs, on the same token ids for both sides, on the CPU:
   collect   mean block inputs at all post-instruction tokens and layers, 64 harmful and 64 harmless
@@ -17,10 +17,24 @@ Jobs, on the same token ids for both sides, on the CPU:
   start     start of the process to the first new token of one prompt [s], with an empty and with a
             filled compilation cache; each side loads tokenizer and weights in its own way, and
             Hugging Face takes long to read a GGUF file: see the seconds under the table.
+  pipeline  the whole workflow on 128 training, 32 validation and 100 test prompts of each kind,
+            from loading to the last reply: filter, means, selection, and 64 new tokens at most in
+            five conditions (harmful prompts unedited, ablated, subtracted from; harmless ones
+            unedited, added to) [s]. The builtin set has fewer prompts, and all of them are used;
+            --paper_dir=DIR takes the published ones from a local copy. Ours: pipeline.run in an
+            empty workdir, with the demo's adapter, refusal tokens discovered and the report
+            written. Theirs: loading, filter and means measured whole, the paper's full grid
+            extrapolated from a few candidates, each condition's full batches from one of them; on
+            the merged weights that launch.convert writes.
+  scale     ours alone: the means of --scale_prompts prompts, each count in a process of its own,
+            and the peak memory of that process [s, MiB]; KL and bypass of 4, 8 and 16 candidates
+            [s]; 16 to 128 new tokens of 8 rows, no early stop [s]. Under the table is the line
+            through each.
 
 Each (job, side) is a process of its own, one after the other and never two at once: one call that
-does not count, then --repeats that do. The two selections run --grid_repeats times with no call
-before, and the seconds that XLA compiled are taken off (they are in the JSON).
+does not count, then --repeats that do. What takes minutes (the two selections, the workflow, the
+means of many prompts) runs --grid_repeats times with no call before, and the seconds that XLA
+compiled are taken off (they are in the JSON).
 
 The floor is what float32 products cannot beat on this machine: 2 x matmul weights x tokens over the
 rate of a 2048^3 product, every real token once, the shared prefix once for each edit, and nothing
@@ -28,8 +42,8 @@ else (no attention scores, no norms). For a decode step it is the larger of that
 weights and key/value cache once, at the rate of a copy of 1 GB. The rates are measured in the same
 run: machines differ and are noisy, so trust ratios.
 
-Flags and processes are here; what is compared, and the tables, in bench_rows.py; the two sides in
-bench_jax.py and bench_hooks.py.
+Flags and processes are here; what is compared in bench_rows.py, the table in bench_table.py, the
+two sides in bench_jax.py and bench_hooks.py. docs/benchmarks.md says how to read the results.
 """
 
 import dataclasses
@@ -49,7 +63,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import bench_rows, common
+from launch import bench_rows, bench_sizes, bench_table, common
 
 PACKAGES = "jax-refusal jax jaxlib flax numpy torch transformers nnsight transformer-lens"
 JOBS = list(bench_rows.JOBS)
@@ -60,11 +74,24 @@ flags.DEFINE_list("jobs", JOBS, f"Some of {', '.join(JOBS)}.")
 flags.DEFINE_integer("repeats", None, "Timed calls of all but the selections.", lower_bound=1)
 flags.DEFINE_integer("grid_repeats", None, "Timed selections of each mode.", lower_bound=1)
 flags.DEFINE_integer("candidates", None, "Candidates that the hooks side scores.", lower_bound=1)
+flags.DEFINE_list("scale_prompts", [], "Two or more prompt counts of the scale job.")
+flags.DEFINE_string("paper_dir", "", "A local copy of the published sets, for the pipeline job.")
 flags.DEFINE_bool("quick", False, "Tiny sizes: shows whether all of it runs, not how fast.")
 flags.DEFINE_string("out", "runs/bench/bench.json", "The JSON file to write.")
 flags.DEFINE_string("worker", "", "Internal: SIDE:JOB that this process is to do.")
 flags.DEFINE_string("folder", "", "Internal: where parent and worker exchange JSON.")
+
+
+def make_a_line(counts: list[str]) -> bool:
+    """Whether these are two or more different numbers of prompts, or none."""
+    numbers = {count for count in counts if count.isdigit() and int(count)}
+    return not counts or len(numbers) == len(counts) > 1
+
+
 flags.register_validator("jobs", lambda jobs: set(jobs) <= set(JOBS), f"They are {JOBS}.")
+flags.register_validator(
+    "scale_prompts", make_a_line, "A line needs two numbers or more, such as 1000,10000,100000."
+)
 
 
 def main(_: list[str]) -> None:
@@ -74,7 +101,9 @@ def main(_: list[str]) -> None:
     source = FLAGS.model or SMOLLM2
     names = ("repeats", "grid_repeats", "candidates")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
-    sizes = dataclasses.replace(bench_rows.QUICK if FLAGS.quick else bench_rows.FULL, **given)
+    if FLAGS.scale_prompts:
+        given["scale_prompts"] = tuple(sorted(map(int, FLAGS.scale_prompts)))
+    sizes = dataclasses.replace(bench_sizes.QUICK if FLAGS.quick else bench_sizes.FULL, **given)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "launch.bench", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -88,7 +117,7 @@ def main(_: list[str]) -> None:
         common.log(f"The load of this machine is {load:.1f}: other work disturbs the timings.")
     with tempfile.TemporaryDirectory(prefix="jax_refusal_bench_") as name:
         folder = Path(name)
-        task = bench_rows.task_of(source, sizes)
+        task = bench_rows.task_of(source, sizes, FLAGS.paper_dir) | {"folder": name}
 
         def spawn(side: str, job: str, cache: str = "", **more: Any) -> dict[str, Any]:
             common.log(f"{job}: {side}")
@@ -102,7 +131,7 @@ def main(_: list[str]) -> None:
             report["rows"] += bench_rows.JOBS[job](spawn, sizes)
             # After each job, so that an interrupt loses one.
             write_whole(FLAGS.out, json.dumps(report, indent=2).encode() + b"\n")
-    print(f"{bench_rows.table(report)}\n\nwritten: {FLAGS.out}")
+    print(f"{bench_table.table(report)}\n\nwritten: {FLAGS.out}")
 
 
 def run_worker(
@@ -125,7 +154,8 @@ def run_worker(
         sys.exit(f"{job}, {side} side, ended with {done.returncode}:\n{done.stdout[-4000:]}")
     found = json.loads((folder / "result.json").read_text())
     worker = {"job": job, "side": side, "seconds": time.time() - began}
-    return found["result"] | {"began": began}, worker | {"peak_rss_mib": found["peak_rss_mib"]}
+    peak = {"peak_rss_mib": found["peak_rss_mib"]}
+    return found["result"] | {"began": began} | peak, worker | peak
 
 
 def work(_: list[str]) -> None:

@@ -11,7 +11,7 @@ N prompts, C candidates.
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from launch.bench_rows import timed
 
 Task = dict[str, Any]
 Ids = list[list[int]]
+Kind = dict[str, Any]  # the fields of batching.Prompts
 Inputs = dict[str, Tensor]  # input_ids and attention_mask, [B, T]
 BATCH = 32
 
@@ -83,23 +84,6 @@ Add = Callable[[int, Tensor], None]
 def collect(task: Task) -> dict[str, Any]:
     """Mean block inputs of harmful and of harmless prompts, [2, P, L, D], in several ways."""
     model = load_model(task)
-    config, positions = model.config, task["train"][0]["positions"]
-    shape = (positions, config.num_hidden_layers, config.hidden_size)
-
-    @torch.no_grad()
-    def means(run: Callable[[Inputs, Add], None]) -> list[Tensor]:
-        found = []
-        for kind in task["train"]:
-            total = torch.zeros(shape, dtype=torch.float64)
-
-            def add(layer: int, x: Tensor, total: Tensor = total) -> None:
-                total[:, layer] += x[:, -positions:].double().sum(0)
-
-            for inputs in batches(kind["ids"]):
-                run(inputs, add)
-            found.append(total / len(kind["ids"]))
-        return found
-
     ways: dict[str, Any] = {}
     for name, way in WAYS.items():
         if name in OPTIONAL and importlib.util.find_spec(OPTIONAL[name]) is None:
@@ -107,7 +91,9 @@ def collect(task: Task) -> dict[str, Any]:
             continue
         try:
             run = way(model, task)
-            ways[name] = timed(lambda run=run: means(run), task["sizes"]["repeats"])
+            ways[name] = timed(
+                lambda run=run: means(model, task["train"], run), task["sizes"]["repeats"]
+            )
             ways[name]["result"] = [x.tolist() for x in ways[name]["result"]]
         except Exception as error:
             if name not in OPTIONAL:
@@ -115,6 +101,23 @@ def collect(task: Task) -> dict[str, Any]:
             # These libraries change often: one that fails is shown so and hides nothing else.
             ways[name] = {"missing": f"failed: {type(error).__name__}: {error}"[:100]}
     return {"ways": ways}
+
+
+@torch.no_grad()
+def means(model: Any, kinds: Sequence[Kind], run: Callable[[Inputs, Add], None]) -> list[Tensor]:
+    found, config = [], model.config
+    for kind in kinds:
+        positions = kind["positions"]
+        shape = (positions, config.num_hidden_layers, config.hidden_size)
+        total = torch.zeros(shape, dtype=torch.float64)
+
+        def add(layer: int, x: Tensor, total: Tensor = total, positions: int = positions) -> None:
+            total[:, layer] += x[:, -positions:].double().sum(0)
+
+        for inputs in batches(kind["ids"]):
+            run(inputs, add)
+        found.append(total / len(kind["ids"]))
+    return found
 
 
 def by_hooks(model: Any, task: Task) -> Callable[[Inputs, Add], None]:
@@ -189,25 +192,24 @@ def select(task: Task) -> dict[str, Any]:
     """KL, bypass and induce [nats] of the task's candidates, [C, 3]."""
     model = load_model(task)
     harmful, harmless = (kind["ids"] for kind in task["val"])
+    base = last_logits(model, harmless)  # once for all candidates, so not in their time
+    return timed(lambda: scores(model, task, harmful, harmless, base), task["sizes"]["repeats"])
+
+
+def scores(model: Any, task: Task, harmful: Ids, harmless: Ids, base: Tensor) -> list[list[float]]:
     vectors = [torch.tensor(values, dtype=torch.float32) for values in task["vectors"]]  # [D] each
     layers = [layer for _, layer in task["cells"]]
-    refusal = task["refusal_ids"]
-    base = last_logits(model, harmless)  # once for all candidates, so not in their time
-
-    def scores() -> list[list[float]]:
-        divergences, bypass, induce = [], [], []
-        for vector in vectors:
-            with hooked(ablation(model, vector)):
-                divergences.append(kl_divergence(base, last_logits(model, harmless)))
-        for vector in vectors:
-            with hooked(ablation(model, vector)):
-                bypass.append(refusal_score(last_logits(model, harmful), refusal))
-        for vector, layer in zip(vectors, layers, strict=True):
-            with hooked(addition(model, vector, layer)):
-                induce.append(refusal_score(last_logits(model, harmless), refusal))
-        return [list(row) for row in zip(divergences, bypass, induce, strict=True)]
-
-    return timed(scores, task["sizes"]["repeats"])
+    divergences, bypass, induce = [], [], []
+    for vector in vectors:
+        with hooked(ablation(model, vector)):
+            divergences.append(kl_divergence(base, last_logits(model, harmless)))
+    for vector in vectors:
+        with hooked(ablation(model, vector)):
+            bypass.append(refusal_score(last_logits(model, harmful), task["refusal_ids"]))
+    for vector, layer in zip(vectors, layers, strict=True):
+        with hooked(addition(model, vector, layer)):
+            induce.append(refusal_score(last_logits(model, harmless), task["refusal_ids"]))
+    return [list(row) for row in zip(divergences, bypass, induce, strict=True)]
 
 
 @torch.no_grad()
@@ -257,7 +259,7 @@ def addition(model: Any, vector: Tensor, layer: int) -> list[Any]:
     return [model.model.layers[layer].register_forward_pre_hook(enter)]
 
 
-# generate and start
+# generate, start and pipeline
 
 
 def new_ids(model: Any, inputs: Inputs, count: int) -> list[list[int]]:
@@ -290,3 +292,68 @@ def start(task: Task) -> dict[str, Any]:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     new = new_ids(model, padded([ids]), 1)
     return {"done": time.time(), "loading": loading, "ids": ids + new[0]}
+
+
+def pipeline(task: Task) -> dict[str, Any]:
+    """Seconds of the workflow's parts, as launch.bench_rows.whole_workflow takes them.
+
+    Batches are [seconds, how many of such a size]; replies are [condition, prompt, text].
+    """
+    clock = Clock()
+    model, tokenizer = load_model(task), load_tokenizer(task)
+    found: dict[str, Any] = {"loading": clock.lap(), "batches": [], "replies": []}
+    prompts, refusal = task["prompts"], task["refusal_ids"]
+    for kind in (kind for split in ("train", "val") for kind in prompts[split]):
+        refusal_score(last_logits(model, kind["ids"]), refusal)
+    found["filter"] = clock.lap()
+    means(model, prompts["train_kept"], by_hooks(model, task))
+    found["means"] = clock.lap()
+    harmful, harmless = (kind["ids"] for kind in prompts["val_kept"])
+    refusal_score(last_logits(model, harmful), refusal)
+    base = last_logits(model, harmless)
+    found["unedited"] = clock.lap()
+    scores(model, task, harmful, harmless, base)
+    found["scores"] = clock.lap()
+
+    vector = torch.tensor(task["direction"], dtype=torch.float32)
+    for kind, edit, coefficient in task["conditions"]:
+        ids = prompts["test"][("harmful", "harmless").index(kind)]["ids"]
+        full, rest = divmod(len(ids), BATCH)
+        for first, size, times in ((0, BATCH, full), (full * BATCH, rest, 1)):
+            if not size * times:
+                continue
+            clock.lap()
+            with hooked(edited(model, vector, task["layer"], edit, coefficient)):
+                inputs = padded(ids[first : first + size])
+                new = replies(model, inputs, task["sizes"]["new_tokens"], task["stop_ids"])
+            found["batches"].append([clock.lap(), times])
+            for i, reply in enumerate(new):
+                text = tokenizer.decode(reply, skip_special_tokens=True).strip()
+                found["replies"].append([f"{kind}_{edit}", first + i, text])
+    return found
+
+
+class Clock:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+def edited(model: Any, vector: Tensor, layer: int, edit: str, coefficient: float) -> list[Any]:
+    """The hooks of one condition."""
+    if edit == "ablation":
+        return ablation(model, vector)
+    return addition(model, coefficient * vector, layer) if edit == "addition" else []
+
+
+def replies(model: Any, inputs: Inputs, count: int, stop_ids: list[int]) -> Ids:
+    """Greedy new tokens of each row, `count` at most; a batch ends with its last row."""
+    ids = model.generate(**inputs, max_new_tokens=count, eos_token_id=stop_ids)
+    rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = [next((i for i, x in enumerate(row) if x in stop_ids), count) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]

@@ -4,6 +4,7 @@ Letters: P post-instruction tokens, L layers, D residual width, V vocabulary, G 
 head width. Functions take the task (launch.bench_rows.task_of) and return JSON values.
 """
 
+import dataclasses
 import math
 import os
 import time
@@ -16,10 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_refusal as jr
+from jax_refusal import config as configs
+from jax_refusal import conversion, stages
+from jax_refusal import pipeline as study_pipeline
+from jax_refusal import session as files
+from jax_refusal.artifacts import Workdir
+from jax_refusal.data.prompts import KINDS, builtin, load_prompts
+from jax_refusal.models import declaration
 from jax_refusal.models.families import Architecture
+from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime import collect as collection
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
+from jax_refusal.sources import locate
 from jax_refusal.study import selection
 from jax_refusal.study.sweep import Sweep
 from launch.bench_rows import timed
@@ -65,6 +75,17 @@ def block_weights(arch: Architecture) -> int:
 
 def head_weights(arch: Architecture) -> int:
     return arch.vocab * arch.width
+
+
+def weight_bytes(arch: Architecture) -> int:
+    """All weights in float32, a tied head once."""
+    shapes = (declaration.shape(arch, axes) for axes in declaration.axes(arch).values())
+    return 4 * sum(map(math.prod, shapes))
+
+
+def cache_bytes(arch: Architecture, rows: int, context: float) -> float:
+    """Keys and values of `context` tokens in float32."""
+    return 4 * 2 * arch.layers * arch.kv_heads * arch.head_width * context * rows
 
 
 def tokens(prompts: Prompts) -> int:
@@ -149,6 +170,7 @@ def select(task: Task) -> dict[str, Any]:
     found = [selection.find(grid.table, p - P, l) for p, l in both]
     thresholds = {"kl_threshold": rule.kl_threshold, "induce_threshold": rule.induce_threshold}
     return {
+        "bytes": {"weights": weight_bytes(model.arch)},
         "candidates": len(cells) if sizes["grid"] else P * L,
         "full grid": grid_times | facts(grid.table),
         "default mode": default_times | facts(default.table) | {"same_winner": same} | thresholds,
@@ -197,7 +219,12 @@ def generate(task: Task) -> dict[str, Any]:
     weights = block_weights(arch) + head_weights(arch)
     length = float(np.mean([len(ids) for ids in encoded["ids"]]))
     context = length + sizes["new_tokens"] / 2  # tokens in the cache, on average
-    found: dict[str, Any] = {"prompt_tokens": length}
+    longest = max(map(len, encoded["ids"])) + sizes["new_tokens"]
+    cache = cache_bytes(arch, max(sizes["rows"]), longest)
+    found: dict[str, Any] = {
+        "prompt_tokens": length,
+        "bytes": {"weights": weight_bytes(arch), "cache": cache},
+    }
     for rows in sizes["rows"]:
         prompts = Prompts(**encoded | {"ids": encoded["ids"][:rows]})
 
@@ -206,8 +233,7 @@ def generate(task: Task) -> dict[str, Any]:
                 model, prompts, nothing, stop_ids=(), max_new_tokens=new, batch_size=rows
             )
 
-        cache = 2 * arch.layers * arch.kv_heads * arch.head_width * context * rows
-        memory = 4 * (weights + cache) / (task["peaks"]["gb_s"] * 1e9)
+        memory = (4 * weights + cache_bytes(arch, rows, context)) / (task["peaks"]["gb_s"] * 1e9)
         found[str(rows)] = {
             "many": timed(lambda call=call: call(sizes["new_tokens"]), sizes["repeats"]),
             "one": timed(lambda call=call: call(1), sizes["repeats"]),
@@ -225,3 +251,112 @@ def start(task: Task) -> dict[str, Any]:
     nothing = jr.identity(model.arch.layers, model.arch.width)
     new = generation.generate(model, prompts, nothing, stop_ids=(), max_new_tokens=1)
     return {"done": time.time(), "loading": loading, "ids": prompts.ids[0] + new[0]}
+
+
+def pipeline(task: Task) -> dict[str, Any]:
+    """The library's own run in an empty workdir, and what the hooks side needs to do the same."""
+    config, repeats = run_config(task), task["sizes"]["grid_repeats"]
+    places = iter([_workdir(task, i) for i in range(repeats)])
+    _, times = _without_compiling(
+        lambda: study_pipeline.run(config, next(places), log=lambda message: None), repeats
+    )
+    work = Workdir.existing(_workdir(task, 0))
+    arch, chat = read_checkpoint(locate(task["source"]), ())[0], jr.load_chat(task["source"])
+    texts, kept = load_prompts(config.data), work.read_json(files.FILTER)
+    choice, directions = work.read_json(files.CHOICE), work.read_tensors(files.MEANS)["mean_diffs"]
+    cells = [(p, l) for p, l in np.ndindex(directions.shape[:2]) if directions[p, l].any()]
+    both = _spread(cells, task["sizes"]["candidates"])
+
+    def encoded(kinds: list[list[str]]) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(Prompts.encoded(chat, kind, arch)) for kind in kinds]
+
+    def replies(name: str) -> list[str]:
+        return [line["response"] for line in work.read_jsonl(f"completions/{name}.jsonl")]
+
+    prompts = {s: encoded([texts.texts(k, s) for k in KINDS]) for s in ("train", "val", "test")}
+    for split in ("train", "val"):
+        prompts[f"{split}_kept"] = encoded([kept[kind][split]["kept"] for kind in KINDS])
+    data = config.data
+    return times | {
+        "bytes": {"weights": weight_bytes(arch)},
+        "origin": "published prompts" if data.source == "paper" else "builtin prompts",
+        "counts": [data.n_train, data.n_val, data.n_test],
+        "adapter": config.model.adapter,
+        "stages": {name: s["seconds"] for name, s in work.manifest["stages"].items()},
+        "conditions": stages.CONDITIONS,
+        "candidates": math.prod(directions.shape[:2]),
+        "cells": both,
+        "vectors": [directions[cell].tolist() for cell in both],
+        "direction": work.read_tensors(files.DIRECTION)["direction"].tolist(),
+        "layer": choice["layer"],
+        "refusal_ids": [token["token_id"] for token in work.read_json(files.TOKENS)["tokens"]],
+        "stop_ids": chat.stop_ids,
+        "prompts": prompts,
+        "replies": {name: replies(name) for name in (f"{k}_{e}" for k, e, _ in stages.CONDITIONS)},
+    }
+
+
+def run_config(task: Task) -> configs.RunConfig:
+    """The demo's config with the benchmark's prompts; a direction is taken whatever its scores."""
+    asked = task["workflow"]
+    return configs.RunConfig(
+        model=configs.ModelConfig(source=task["source"], adapter=asked["adapter"]),
+        data=configs.DataConfig(**asked["data"]),
+        selection=configs.SelectionConfig(
+            fallback="least_bad", prune_layers=task["sizes"]["prune_layers"]
+        ),
+        generate=configs.GenerateConfig(max_new_tokens=task["sizes"]["new_tokens"]),
+    )
+
+
+def _workdir(task: Task, run: int) -> str:
+    return os.path.join(task["folder"], f"run_{run}")
+
+
+def merged(task: Task) -> dict[str, Any]:
+    """The run's model, adapter merged, as a Hugging Face directory for the other side."""
+    out = os.path.join(task["folder"], "merged")
+    request = conversion.Request(to="hf", out=out, workdir=_workdir(task, 0), dtype="float32")
+    return {"directory": str(conversion.convert(request, log=lambda message: None))}
+
+
+def scale_prompts(task: Task) -> dict[str, Any]:
+    """The means of `count` prompts, none twice and all of about one length."""
+    chat, model = jr.load_chat(task["source"]), jr.load_model(task["source"])
+    some = [instruction.text for instruction in builtin("harmless")["train"]]
+    texts = [f"{some[i % len(some)]} ({i:06d})" for i in range(task["count"])]
+    prompts = Prompts.encoded(chat, texts)
+    return _without_compiling(lambda: _means(model, [prompts]), task["sizes"]["grid_repeats"])[1]
+
+
+def scale_candidates(task: Task) -> dict[str, Any]:
+    """Seconds of KL and bypass for each number of candidates; any vectors take as long."""
+    model, _, (harmful, harmless), _ = _load(task)
+    shape = (harmful.positions, model.arch.layers, model.arch.width)
+    directions = np.random.default_rng(0).normal(size=shape)
+    sweep = Sweep(model, directions, harmful, harmless, task["refusal_ids"])
+
+    def seconds(count: int) -> list[float]:
+        cells = _spread(list(np.ndindex(shape[:2])), count)
+        call = timed(lambda: [sweep.kl(cells), sweep.bypass(cells)], task["sizes"]["grid_repeats"])
+        return call["seconds"]
+
+    return {"seconds": [seconds(count) for count in task["sizes"]["scale_candidates"]]}
+
+
+def scale_tokens(task: Task) -> dict[str, Any]:
+    """Seconds of whole replies, prefill included, for each number of new tokens."""
+    sizes, (model, *_) = task["sizes"], _load(task)
+    rows = sizes["scale_rows"]
+    prompts = Prompts(**task["long"] | {"ids": task["long"]["ids"][:rows]})
+    nothing = jr.identity(model.arch.layers, model.arch.width)
+
+    def seconds(new: int) -> list[float]:
+        def call() -> list[list[int]]:
+            return generation.generate(
+                model, prompts, nothing, stop_ids=(), max_new_tokens=new, batch_size=rows
+            )
+
+        return timed(call, sizes["repeats"])["seconds"]
+
+    return {"seconds": [seconds(new) for new in sizes["scale_tokens"]]}

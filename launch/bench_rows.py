@@ -1,4 +1,4 @@
-"""What launch/bench.py compares: the task of both sides, rows made of what they return, a table.
+"""What launch/bench.py compares: the task of both sides, and rows made of what they return.
 
 A job here calls `spawn(side, job, ...)` for each side and gives rows: JSON values with the timings
 of both, their ratio, how far the numbers agree, and the floor. Importing this starts neither JAX
@@ -8,32 +8,15 @@ nor PyTorch. Letters: P post-instruction tokens, L layers, D residual width.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from launch.bench_sizes import Sizes
+
 Row = dict[str, Any]
 Spawn = Callable[..., dict[str, Any]]  # (side, job, **more of the task) -> what the job returned
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    train: int  # prompts of each kind whose activations are collected
-    val: int  # prompts of each kind that score a candidate
-    grid: int  # candidates of the selection; 0 is every (position, layer)
-    candidates: int  # of these, scored by the hooks side too
-    rows: tuple[int, ...]  # batch sizes of generation
-    new_tokens: int
-    repeats: int  # timed calls
-    grid_repeats: int  # timed selections of each mode
-    warmups: int  # processes of `start` before the timed ones
-    matmul: int  # side of the square product
-    copy_mb: int  # what is copied to measure the memory
-
-
-FULL = Sizes(64, 32, 0, 4, (1, 8, 32, 96), 64, 3, 1, 1, 2048, 1000)
-QUICK = Sizes(4, 4, 6, 2, (1, 3), 4, 1, 1, 0, 256, 16)
 
 
 def timed(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
@@ -46,10 +29,11 @@ def timed(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
     return {"first": times[0], "seconds": times[1:], "result": result}
 
 
-def task_of(source: str, sizes: Sizes) -> dict[str, Any]:
+def task_of(source: str, sizes: Sizes, paper_dir: str = "") -> dict[str, Any]:
     """What both sides work on, as JSON values: where the model lies, and encoded prompts.
 
     Prompts are the fields of batching.Prompts: `ids` (one list a prompt), `prefix`, `positions`.
+    paper_dir: the published sets, for the whole workflow; empty is the builtin set.
     """
     from jax_refusal.data.chat import load_chat
     from jax_refusal.data.prompts import KINDS, builtin
@@ -78,10 +62,30 @@ def task_of(source: str, sizes: Sizes) -> dict[str, Any]:
         "sizes": dataclasses.asdict(sizes),
         "train": [encoded(kind) for kind in texts["train"]],
         "val": [encoded(kind) for kind in texts["val"]],
-        "long": encoded(long[: max(sizes.rows)]),
+        "long": encoded(long[: max(*sizes.rows, sizes.scale_rows)]),
         "instruction": some[0],
         "refusal_ids": sorted({ids[0] for ids in openings}),
+        "workflow": workflow(source, sizes, paper_dir),
     }
+
+
+def workflow(source: str, sizes: Sizes, paper_dir: str) -> dict[str, Any]:
+    """Fields of a RunConfig's `data` and `model`: the prompts there are, the adapter that fits.
+
+    Only the demo's model has an adapter that makes it refuse; the filter would leave another one
+    without prompts.
+    """
+    from jax_refusal.data.prompts import KINDS, SPLITS, builtin
+    from jax_refusal.sources import SMOLLM2
+
+    data: dict[str, Any] = {f"n_{s}": n for s, n in zip(SPLITS, sizes.workflow, strict=True)}
+    if paper_dir:
+        data |= {"source": "paper", "paper_dir": paper_dir}
+    else:
+        sets = [builtin(kind) for kind in KINDS]
+        data = {f"n_{s}": min(data[f"n_{s}"], *(len(x[s]) for x in sets)) for s in SPLITS}
+    adapter = "builtin:smollm2_135m_refuser" if source == SMOLLM2 else ""
+    return {"data": data | {"filter": bool(adapter)}, "adapter": adapter}
 
 
 def row(
@@ -131,12 +135,13 @@ def select(spawn: Spawn, sizes: Sizes) -> list[Row]:
     theirs = spawn("hooks", "select", cells=ours["cells"], vectors=ours["vectors"])
     each = [seconds / len(ours["cells"]) for seconds in theirs["seconds"]]
     gap = np.abs(np.array(ours["scores"]) - np.array(theirs["result"])).max()
-    count, rows = ours["candidates"], []
+    count, rows, peak = ours["candidates"], [], memory(ours)
     for mode in ("full grid", "default mode"):
         more = dict(ours[mode])
         seconds, scored = more.pop("seconds"), more["scored"]
         one = statistics.median(seconds) / count, statistics.median(each)
         more |= {
+            "memory": peak,
             "ours_per_candidate": one[0],
             "theirs_per_candidate": one[1],
             "theirs_extrapolated_from": len(ours["cells"]),
@@ -166,6 +171,7 @@ def generate(spawn: Spawn, sizes: Sizes) -> list[Row]:
             "agreement": equal(a["many"]["result"], b["many"]["result"]),
             "agreement_is": "of tokens equal",
             "prompt_tokens": ours["prompt_tokens"],
+            "memory": memory(ours),
             "first": {"ours": a["many"]["first"], "theirs": b["many"]["first"]},
         }
         what = f"one step of {size} row{'s' * (size != '1')}"
@@ -204,11 +210,112 @@ def start(spawn: Spawn, sizes: Sizes) -> list[Row]:
     return rows
 
 
+def pipeline(spawn: Spawn, sizes: Sizes) -> list[Row]:
+    """Agreement: the share of equal replies, among the prompts that both sides answered."""
+    ours = spawn("jax", "pipeline")
+    asked = ("prompts", "conditions", "cells", "vectors", "direction", "layer", "stop_ids")
+    more = {name: ours[name] for name in asked} | {"refusal_ids": ours["refusal_ids"]}
+    if ours["adapter"]:
+        more |= {"directory": spawn("jax", "merged")["directory"], "gguf": None}
+    theirs = spawn("hooks", "pipeline", **more)
+    parts = whole_workflow(theirs, ours["candidates"], len(ours["cells"]))
+    pairs = [(ours["replies"][name][i], text) for name, i, text in theirs["replies"]]
+    stages, compiled = ours["stages"], statistics.median(ours["compile_seconds"])
+    answers = sum(stages[f"{kind} {edit}"] for kind, edit, _ in ours["conditions"])
+    note = (
+        f"{ours['origin']}, the model {'with' if ours['adapter'] else 'without'} an adapter that "
+        f"makes it refuse; selection {stages['selection']:.4g} s of ours, "
+        f"{parts['selection']:.4g} s of theirs, replies {answers:.4g} s and "
+        f"{parts['replies']:.4g} s, ours with compiling, of which the row leaves out all "
+        f"{compiled:.4g} s"
+    )
+    train, val, test = ours["counts"]
+    line = row(
+        *("pipeline", f"{train} + {val} + {test} prompts of a kind, five conditions", "s"),
+        *(ours["seconds"], [sum(parts.values())]),
+        agreement=sum(a == b for a, b in pairs) / len(pairs),
+        agreement_is="of replies equal",
+        theirs_extrapolated_from=len(ours["cells"]),
+        new_tokens=sizes.new_tokens,
+        stages=stages,
+        compile_seconds=ours["compile_seconds"],
+        theirs_parts=parts,
+        memory=memory(ours),
+        note=note,
+    )
+    return [line]
+
+
+def whole_workflow(theirs: dict[str, Any], candidates: int, scored: int) -> dict[str, float]:
+    """Seconds of each part of the hooks side's workflow, from the parts that were measured.
+
+    Loading, filter, means and the unedited logits were measured whole; of the candidates `scored`
+    of all; of each condition's replies one full batch, for all full ones, and the last.
+    """
+    once = {name: theirs[name] for name in ("loading", "filter", "means")}
+    selection = theirs["unedited"] + theirs["scores"] / scored * candidates
+    replies = sum(seconds * times for seconds, times in theirs["batches"])
+    return once | {"selection": selection, "replies": replies}
+
+
+def scale(spawn: Spawn, sizes: Sizes) -> list[Row]:
+    """Ours alone, at several sizes, and the line through them."""
+    runs = [spawn("jax", "scale_prompts", count=count) for count in sizes.scale_prompts]
+    seconds = [run["seconds"] for run in runs]
+    peaks = [[run["peak_rss_mib"]] for run in runs]
+    candidates = spawn("jax", "scale_candidates")["seconds"]
+    tokens = spawn("jax", "scale_tokens")["seconds"]
+    each = f"new tokens of {sizes.scale_rows} rows"
+    compiled = {"compile_seconds": [run["compile_seconds"] for run in runs]}
+    return [
+        scaling("prompts, their means", "s", sizes.scale_prompts, seconds) | compiled,
+        scaling("prompts, their means: peak memory", "MiB", sizes.scale_prompts, peaks),
+        scaling("candidates, KL and bypass", "s", sizes.scale_candidates, candidates),
+        scaling(each, "s", sizes.scale_tokens, tokens),
+    ]
+
+
+def scaling(what: str, unit: str, counts: tuple[int, ...], runs: list[list[float]]) -> Row:
+    """A row of the largest count, with the line through the medians of all."""
+    medians = [statistics.median(times) for times in runs]
+    line = fit(counts, medians)
+    points = ", ".join(f"{y:.3g} at {x}" for x, y in zip(counts, medians, strict=True))
+    note = (
+        f"{points}; the line is {line['slope']:.3g} {unit} each and {line['intercept']:.3g} {unit} "
+        f"once, R² {line['r2']:.4f}"
+    )
+    return row(
+        *("scale", f"{counts[-1]} {what}", unit, runs[-1], "ours only"),
+        points=[list(point) for point in zip(counts, medians, strict=True)],
+        fit=line,
+        note=note,
+    )
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """The least-squares line: slope [unit of y, over x], intercept [unit of y], R^2."""
+    slope, intercept = np.polyfit(x, y, 1)
+    around = np.square(np.subtract(y, np.mean(y))).sum()
+    left = np.square(np.subtract(y, slope * np.array(x) + intercept)).sum()
+    # A constant has nothing to explain, and the line meets it.
+    r2 = 1 - left / around if around else 1.0
+    return {"slope": float(slope), "intercept": float(intercept), "r2": float(r2)}
+
+
+def memory(ours: dict[str, Any]) -> dict[str, float]:
+    """Our peak memory beside what has to be held [MiB]: the weights and, where asked, the cache."""
+    held = {f"{name}_mib": size / 2**20 for name, size in ours["bytes"].items()}
+    peak = ours["peak_rss_mib"]
+    return {"peak_rss_mib": peak, **held, "peak_over_held": peak / sum(held.values())}
+
+
 JOBS: dict[str, Callable[[Spawn, Sizes], list[Row]]] = {
     "collect": collect,
     "select": select,
     "generate": generate,
     "start": start,
+    "pipeline": pipeline,
+    "scale": scale,
 }
 
 
@@ -216,52 +323,3 @@ def equal(a: list[Any], b: list[Any]) -> float:
     """The share of places in which two nested lists agree; 0 where their shapes differ."""
     x, y = np.array(a), np.array(b)
     return float((x == y).mean()) if x.shape == y.shape else 0.0
-
-
-HEAD = tuple("job|what||ours|theirs|theirs/ours|agreement|floor|ours/floor".split("|"))
-
-
-def table(report: dict[str, Any]) -> str:
-    """All rows as text, and what the columns mean."""
-
-    def cell(side: dict[str, Any] | str) -> str:
-        if isinstance(side, str):
-            return side
-        return f"{side['median']:.3g} [{side['min']:.3g}–{side['max']:.3g}]"
-
-    def number(line: Row, name: str) -> str:
-        return f"{line[name]:.3g}" if name in line else "–"
-
-    lines: list[tuple[str, ...]] = [HEAD]
-    for line in report["rows"]:
-        extrapolated = line.get("theirs_extrapolated_from")
-        theirs = cell(line["theirs"]) + f" (from {extrapolated})" * bool(extrapolated)
-        agreement = f"{number(line, 'agreement')} {line.get('agreement_is', '')}"
-        lines.append(
-            (
-                *(line["job"], line["what"], line["unit"], cell(line["ours"]), theirs),
-                *(number(line, "theirs_over_ours"), agreement),
-                *(number(line, "floor"), number(line, "ours_over_floor")),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    text.insert(1, "-" * max(map(len, text)))
-    peaks = report["machine"]["peaks"]
-    memory: dict[str, float] = {}
-    for worker in report["workers"]:
-        name = f"{worker['job']} {worker['side']}"
-        memory[name] = max(memory.get(name, 0), worker["peak_rss_mib"])
-    return "\n".join(
-        [
-            *text,
-            "",
-            *(f"{r['job']}, {r['what']}: {r['note']}." for r in report["rows"] if "note" in r),
-            "ours, theirs: median [min–max]; (from k): extrapolated from k candidates to all.",
-            "theirs/ours: their time over ours on the same job; above 1, ours is faster.",
-            "ours/floor: our time over the least that this machine could take; 1 cannot be beaten.",
-            f"machine: {peaks['gflops']:.0f} GFLOP/s in float32 products, {peaks['gb_s']:.1f} GB/s "
-            "copied (read + written)",
-            "peak memory [MiB]: " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()),
-        ]
-    )

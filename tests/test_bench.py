@@ -6,28 +6,33 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import bench_hooks, bench_jax, bench_rows
+from launch import bench, bench_hooks, bench_jax, bench_rows, bench_sizes, bench_table
 
 SIDES = {"jax": bench_jax, "hooks": bench_hooks}
+TINY = ("collect", "select", "generate", "start")  # compile little enough for the default suite
 
 
-def check_rows(rows: list[dict[str, Any]]) -> None:
+def check_rows(rows: list[dict[str, Any]], jobs: Iterable[str]) -> None:
     """Every job has both sides, and their numbers agree."""
-    assert {row["job"] for row in rows} == set(bench_rows.JOBS)
+    assert {row["job"] for row in rows} == set(jobs)
     most = {"of a mean's length": 1e-4, "nats": 1e-3}
     for row in rows:
         assert row["ours"]["median"] == pytest.approx(row["ours"]["runs"][0])
-        if isinstance(row["theirs"], str):
+        if row["job"] == "scale":
+            assert row["theirs"] == "ours only"
+            assert len(row["points"]) >= 2 and set(row["fit"]) == {"slope", "intercept", "r2"}
+        elif isinstance(row["theirs"], str):
             assert row["what"].endswith(("nnsight", "TransformerLens")), row
         elif row["agreement_is"] in most:
             assert row["agreement"] < most[row["agreement_is"]], row
         else:  # a share; greedy tokens may part at a near tie
-            assert row["agreement"] == 1 or row["job"] == "generate", row
+            assert row["agreement"] == 1 or row["job"] in ("generate", "pipeline"), row
             assert row["agreement"] > 0.7, row
     grid, default = (row for row in rows if row["job"] == "select")
     assert default["same_winner"]
@@ -36,22 +41,92 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def test_the_sides_agree_on_a_tiny_model(tiny_dir: Path) -> None:
-    sizes = dataclasses.replace(bench_rows.QUICK, rows=(3,))
+    sizes = dataclasses.replace(bench_sizes.QUICK, rows=(3,))
     task = bench_rows.task_of(str(tiny_dir), sizes)
 
     def spawn(side: str, job: str, cache: str = "", **more: Any) -> dict[str, Any]:
         began = time.time()
         found = getattr(SIDES[side], job)(task | more)
-        return json.loads(json.dumps(found)) | {"began": began}
+        return json.loads(json.dumps(found)) | {"began": began, "peak_rss_mib": 1.0}
 
     task = json.loads(json.dumps(task)) | {"peaks": spawn("jax", "machine")["peaks"]}
-    rows = [row for job in bench_rows.JOBS.values() for row in job(spawn, sizes)]
-    check_rows(rows)
+    rows = [row for job in TINY for row in bench_rows.JOBS[job](spawn, sizes)]
+    check_rows(rows, TINY)
     worker = {"job": "collect", "side": "jax", "peak_rss_mib": 1.0}
-    text = bench_rows.table(
+    text = bench_table.table(
         {"rows": rows, "machine": {"peaks": task["peaks"]}, "workers": [worker]}
     )
     assert all(row["what"] in text for row in rows)
+    assert text.splitlines()[-1].startswith("ours, peak memory over weights and cache: select ")
+
+
+def test_a_line_is_fitted() -> None:
+    line = bench_rows.fit([1, 2, 4], [5, 7, 11])
+    assert line == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
+    assert bench_rows.fit([1, 2], [3, 3]) == pytest.approx({"slope": 0, "intercept": 3, "r2": 1})
+    assert bench_rows.fit([0, 1, 2], [0, 3, 0]) == pytest.approx(
+        {"slope": 0, "intercept": 1, "r2": 0}, abs=1e-9
+    )
+
+
+def test_the_other_workflow_is_extrapolated_by_its_counts() -> None:
+    once = {"loading": 1.0, "filter": 2.0, "means": 3.0, "unedited": 0.5}
+    # 100 prompts: three full batches like the one that was measured, and the last.
+    found = bench_rows.whole_workflow(
+        once | {"scores": 8.0, "batches": [[10.0, 3], [2.0, 1]]}, candidates=150, scored=4
+    )
+    assert found.pop("selection") == 0.5 + 8.0 / 4 * 150
+    assert found.pop("replies") == 32.0
+    assert found == {"loading": 1.0, "filter": 2.0, "means": 3.0}
+
+
+def test_rows_of_the_workflow_and_of_scaling_from_what_workers_say() -> None:
+    """With workers that answer at once."""
+    conditions = [["harmful", "baseline", 0.0], ["harmful", "ablation", 0.0]]
+    ours = {
+        "seconds": [10.0],
+        "compile_seconds": [4.0],
+        "stages": {"selection": 6.0, "harmful baseline": 1.0, "harmful ablation": 2.0},
+        "origin": "builtin prompts",
+        "counts": [4, 3, 2],
+        "adapter": "some",
+        "conditions": conditions,
+        "candidates": 10,
+        "replies": {"harmful_baseline": ["I", "no"], "harmful_ablation": ["Yes", "Sure"]},
+        "cells": [[0, 1], [0, 2]],
+        "bytes": {"weights": 2**20, "cache": 2**20},
+        **dict.fromkeys(("prompts", "vectors", "direction", "layer", "stop_ids", "refusal_ids")),
+    }
+    theirs = dict.fromkeys(("loading", "filter", "means", "unedited", "scores"), 1.0)
+    replies = [["harmful_baseline", 1, "no"], ["harmful_ablation", 0, "No"]]
+    answers: dict[tuple[str, str], dict[str, Any]] = {
+        ("jax", "pipeline"): ours,
+        ("jax", "merged"): {"directory": "merged"},
+        ("hooks", "pipeline"): theirs | {"batches": [[1.0, 2]], "replies": replies},
+        ("jax", "scale_candidates"): {"seconds": [[1.0], [2.0]]},
+        ("jax", "scale_tokens"): {"seconds": [[1.0], [2.0]]},
+    }
+
+    def spawn(side: str, job: str, cache: str = "", **more: Any) -> dict[str, Any]:
+        if job == "scale_prompts":  # linear time, constant memory
+            seconds = {"seconds": [1 + 0.5 * more["count"]], "compile_seconds": [0.0]}
+            return seconds | {"peak_rss_mib": 6.0}
+        if side == "hooks":
+            assert more["directory"] == "merged" and more["gguf"] is None
+        return answers[side, job] | {"peak_rss_mib": 6.0}
+
+    sizes = dataclasses.replace(bench_sizes.QUICK, scale_tokens=(4, 8))
+    line, *scaled = bench_rows.pipeline(spawn, sizes) + bench_rows.scale(spawn, sizes)
+    assert line["theirs"]["median"] == 1 + 1 + 1 + (1 + 1 / 2 * 10) + 2
+    assert line["agreement"] == 0.5
+    assert line["memory"]["peak_over_held"] == 3
+    assert "replies 3 s and 2 s" in line["note"]
+    fits = [(row["fit"]["slope"], row["fit"]["intercept"]) for row in scaled]
+    assert fits == [pytest.approx(x) for x in ((0.5, 1), (0, 6), (1, 0), (0.25, 0))]
+    report = {"rows": [line, *scaled], "machine": {"peaks": {"gflops": 1, "gb_s": 1}}}
+    text = bench_table.table(report | {"workers": []})
+    assert "pipeline 3 (weights of 1 MiB and 1 of cache)" in text
+    assert "0.5 s each and 1 s once" in text and "(from 2)" in text
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,17 +150,25 @@ def test_an_unknown_job_is_refused() -> None:
     assert "select" in found.stderr and "Traceback" not in found.stderr
 
 
+def test_a_line_needs_two_numbers_of_prompts() -> None:
+    assert all(bench.make_a_line(counts) for counts in ([], ["1000", "100000"]))
+    for counts in (["1000"], ["5", "5"], ["0", "10"], ["some", "more"]):
+        assert not bench.make_a_line(counts)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_quick_run(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     found = python("-m", "launch.bench", "--quick", f"--out={out}")
     assert found.returncode == 0, found.stderr
     report = json.loads(out.read_text())
-    check_rows(report["rows"])
+    check_rows(report["rows"], bench_rows.JOBS)
     assert list(tmp_path.iterdir()) == [out]
     ran = {(worker["job"], worker["side"]) for worker in report["workers"]}
-    assert ran == {("machine", "jax")} | {(job, side) for job in bench_rows.JOBS for side in SIDES}
+    alone = {("machine", "jax"), ("merged", "jax")}
+    alone |= {(f"scale_{what}", "jax") for what in ("prompts", "candidates", "tokens")}
+    assert ran == alone | {(job, side) for job in (*TINY, "pipeline") for side in SIDES}
     assert all(worker["peak_rss_mib"] > 100 for worker in report["workers"])
     assert report["machine"]["versions"]["torch"] != "not installed"
     assert report["command"].endswith(f"--quick --out={out}")
