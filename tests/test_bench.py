@@ -37,7 +37,8 @@ def check_rows(rows: list[dict[str, Any]], jobs: Iterable[str]) -> None:
     grid, default = (row for row in rows if row["job"] == "select")
     assert default["same_winner"]
     assert set(grid["scored"].values()) == {6}
-    assert default["scored"] == {"steering_score": 6, "kl_div_score": 2, "refusal_score": 1}
+    assert default["scored"]["refusal_score"] == 1
+    assert default["scored"]["kl_div_score"] < 6
 
 
 def test_the_sides_agree_on_a_tiny_model(tiny_dir: Path) -> None:

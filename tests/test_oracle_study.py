@@ -180,6 +180,9 @@ class Table:
     def induce(self, cells: Any) -> list[float]:
         return self._read("steering_score", cells)
 
+    def kl_at_least(self, cells: Any) -> list[float]:
+        return [float(self.scores["kl_div_score"][cell]) / 2 for cell in cells]
+
     def kl(self, cells: Any, limit: float) -> list[float]:
         return self._read("kl_div_score", cells)
 

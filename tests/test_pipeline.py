@@ -113,7 +113,9 @@ def test_candidates_are_scored_and_chosen_as_by_the_oracle(
     finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel
 ):
     table = runs.rows(finished / "selection/candidates.jsonl")
-    fields = "position layer refusal_score steering_score kl_div_score kept reason".split()
+    fields = (
+        "position layer refusal_score steering_score kl_div_score kl_at_least kept reason".split()
+    )
     assert all(list(row) == fields for row in table)
     cells = [(row["position"], row["layer"]) for row in table]
     assert cells == [(p, layer) for p in range(-P, 0) for layer in range(L)]

@@ -55,7 +55,7 @@ class Rule:
     def reason(self, c: Candidate) -> str:
         """Why a candidate is discarded, from the scores it has so far; empty if nothing speaks
         against it."""
-        scores = (c.refusal_score, c.steering_score, c.kl_div_score)
+        scores = (c.refusal_score, c.steering_score, c.kl_div_score, c.kl_at_least)
         if c.reason == ZERO:
             return ZERO
         if any(s is not None and not math.isfinite(s) for s in scores):
@@ -107,6 +107,10 @@ class Scorer(Protocol):
     """Scores candidates, given as (position index 0..P-1, layer) pairs: a float for each."""
 
     def induce(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
+    def kl_at_least(self, cells: Sequence[tuple[int, int]]) -> list[float]:
+        """Lower bounds of KL that cost little."""
+        ...
+
     def kl(self, cells: Sequence[tuple[int, int]], limit: float) -> list[float]:
         """Above the limit, a lower bound that is above it is enough: an `AtLeast`."""
         ...
@@ -125,8 +129,8 @@ def select(
 ) -> Selection:
     """Picks the paper's candidate, scoring in order of cost and only what is still in question.
 
-    A candidate that fails a threshold cannot win, so its later scores are not computed. KL comes
-    first: a few prompts show of most candidates that theirs is too high. The winner is that of the
+    A candidate that fails a threshold cannot win, so its later scores are not computed. First
+    comes what a few prompts show: that the KL of many is too high. The winner is that of the
     full grid, and so is the nearest where none passes: fallback="least_bad" takes that one, the
     candidate that misses the thresholds by the least; "error" raises SelectionError.
     """
@@ -150,8 +154,10 @@ def select(
         return table if full_grid else [c for c in table if not rule.reason(c)]
 
     eligible = [c for c in table if full_grid or c.layer < rule.end]
-    fill("kl_div_score", scorer.kl, open_(), math.inf if full_grid else rule.kl_threshold)
+    if not full_grid:
+        fill("kl_at_least", scorer.kl_at_least, open_())
     fill("steering_score", scorer.induce, open_())
+    fill("kl_div_score", scorer.kl, open_(), math.inf if full_grid else rule.kl_threshold)
     fill("refusal_score", scorer.bypass, open_())
     for c in table:
         c.reason = rule.reason(c)

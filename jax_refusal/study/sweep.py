@@ -24,7 +24,7 @@ from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
 from jax_refusal.study.scores import KL_EPSILON, check_token_ids, kl_divergence, refusal_score
 from jax_refusal.study.selection import AtLeast
 
-ROUNDING = 1e-4  # nats: so far above a limit no mean is by rounding alone
+ROUNDING = 1e-4  # nats, by which a bound stays below what rounding could make of a mean
 Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
 
 
@@ -210,6 +210,8 @@ class Sweep:
         self.harmful, self.harmful_count = self._rows(harmful, size), len(harmful.ids)
         self.harmless, self.harmless_count = self._rows(harmless, size), len(harmless.ids)
         self.shares = [self._rows(share, size) for share in _shares(harmless)]
+        self._floors: list[float] | None = None  # the least sum of KL of each share
+        self._first_sums: dict[tuple[int, int], float] = {}  # of KL over the first share
 
     def induce(self, cells: Cells) -> list[float]:
         """Mean refusal score on harmless prompts with the candidate added at its layer."""
@@ -234,32 +236,52 @@ class Sweep:
                         start += 1
         return [scores[c] / self.harmless_count for c in cells]
 
+    def kl_at_least(self, cells: Cells) -> list[float]:
+        """Lower bounds of `kl`, from the first share of the prompts."""
+        with jax.set_mesh(self.mesh):
+            self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
+            return [self._bound(0, self._first_sums[c]) for c in cells]
+
     def kl(self, cells: Cells, limit: float = math.inf) -> list[float]:
         """Mean KL on harmless prompts from the model to the model with the candidate ablated.
 
         With a limit the prompts are gone through in shares, and a candidate is left when what it
         has summed up, and the least that the other prompts can add, is above it: an `AtLeast`.
         """
-        sums, bounds = dict.fromkeys(cells, 0.0), {}
-        shares = [self.harmless] if math.isinf(limit) else self.shares
+        bounds: dict[tuple[int, int], AtLeast] = {}
         with jax.set_mesh(self.mesh):
-            base = [[_base_logits(self.model, rows) for rows in share] for share in shares]
-            pairs = [list(zip(*both, strict=True)) for both in zip(shares, base, strict=True)]
-            least = [sum(float(_kl_floor(*one)) for one in pair) for pair in pairs]
-
-        for i, share in enumerate(shares):
-            going = [c for c in cells if c not in bounds]
-
-            def measure(j: int, rows: Rows, units: jax.Array, i: int = i) -> jax.Array:
-                return _kl(self.model, rows, units, base[i][j])
-
-            means = self._over_units(going, share, 1, measure, "select: KL")
-            for cell, value in zip(going, means, strict=True):
-                sums[cell] += value
-                bound = (sums[cell] + sum(least[i + 1 :])) / self.harmless_count
-                if limit + ROUNDING < bound < math.inf and i + 1 < len(shares):
-                    bounds[cell] = AtLeast(bound)
+            self.kl_at_least(cells)
+            sums = {c: self._first_sums[c] for c in cells}
+            for i in range(1, len(self.shares)):
+                for cell in cells:
+                    bound = self._bound(i - 1, sums[cell])
+                    if cell not in bounds and limit < bound < math.inf:
+                        bounds[cell] = AtLeast(bound)
+                self._sum_kl(i, [c for c in cells if c not in bounds], sums)
         return [bounds.get(c, sums[c] / self.harmless_count) for c in cells]
+
+    def _sum_kl(self, share: int, cells: Cells, sums: dict[tuple[int, int], float]) -> None:
+        """Adds the KL of one share's prompts."""
+        rows, base = self.shares[share], self._base(share)
+
+        def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
+            return _kl(self.model, rows, units, base[i])
+
+        found = self._over_units(cells, rows, 1, measure, "select: KL")
+        for cell, value in zip(cells, found, strict=True):
+            sums[cell] = sums.get(cell, 0.0) + value
+
+    def _base(self, share: int) -> list[jax.Array]:
+        return [_base_logits(self.model, rows) for rows in self.shares[share]]
+
+    def _bound(self, share: int, total: float) -> float:
+        """The least mean of a candidate that has summed up `total` over the shares up to this."""
+        if self._floors is None:
+            self._floors = [
+                sum(float(_kl_floor(*one)) for one in zip(rows, self._base(i), strict=True))
+                for i, rows in enumerate(self.shares)
+            ]
+        return (total + sum(self._floors[share + 1 :])) / self.harmless_count - ROUNDING
 
     def bypass(self, cells: Cells) -> list[float]:
         """Mean refusal score on harmful prompts with the candidate ablated."""
