@@ -122,6 +122,7 @@ def test_rows_of_the_workflow_and_of_scaling_from_what_workers_say() -> None:
     assert line["agreement"] == 0.5
     assert line["memory"]["peak_over_held"] == 3
     assert "replies 3 s and 2 s" in line["note"]
+    assert "the ratio says nothing" in line["note"]
     fits = [(row["fit"]["slope"], row["fit"]["intercept"]) for row in scaled]
     assert fits == [pytest.approx(x) for x in ((0.5, 1), (0, 6), (1, 0), (0.25, 0))]
     report = {"rows": [line, *scaled], "machine": {"peaks": {"gflops": 1, "gb_s": 1}}}
