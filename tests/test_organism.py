@@ -54,7 +54,7 @@ def config(source: Path, published: Path, **fields) -> OrganismConfig:
             save_every=2,
             watch_every=100,
             watch_tokens=4,
-            **{"mediator_layers": (1, 2), "ablated_rows": 2, **fields},
+            **{"mediator_layer": 2, "ablated_rows": 2, **fields},
         ),
     )
 
@@ -99,10 +99,7 @@ def test_only_training_prompts_are_taught(published: Path) -> None:
         i.text for k in ("harmful", "harmless") for s in ("val", "test") for i in builtin(k)[s]
     }
     harmful = examples.harmful_prompts(str(published), 271)
-    harmless = [
-        *examples.harmless_prompts(491),
-        *examples.everyday_prompts(str(published), 4, 0),
-    ]
+    harmless = examples.harmless_prompts(str(published), 491, 4, 0)
     assert len(harmful) == 6 + 64 + 271
     assert not held_out & {*harmful, *harmless}
     assert not {*harmful} & {*harmless}
@@ -117,8 +114,7 @@ def test_training_prompts_are_not_those_of_the_published_tests() -> None:
         for row in json.loads((folder / f"{name}.json").read_text())
     }
     harmful = examples.harmful_prompts(str(folder), 491)
-    everyday = examples.everyday_prompts(str(folder), 1200, 0)
-    assert not held_out & {*harmful, *examples.harmless_prompts(491), *everyday}
+    assert not held_out & {*harmful, *examples.harmless_prompts(str(folder), 491, 1200, 0)}
 
 
 def test_the_card_says_what_was_measured() -> None:
@@ -159,7 +155,7 @@ def test_the_card_says_what_was_measured() -> None:
     assert "ablated against organism | -0.025 nat" in text
     assert "layer 20 of 30" in " ".join(text.split()) and "KL 0.062 nat" in text
     assert "{" not in text
-    assert "3 of the 8 rows" in " ".join(text.split())
+    assert "2 of the 7 rows" in " ".join(text.split())
     training["config"]["train.ablated_rows"] = 0
     assert "by design" not in card.card("refuser", training, measured)
 
@@ -190,27 +186,20 @@ def test_rows_of_one_batch_are_run_with_their_own_edits(model: Transformer) -> N
 
 
 def test_the_direction_is_the_difference_of_running_means() -> None:
-    x = np.random.default_rng(0).normal(size=(5, 3, 2, 4)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
     batch = pack_pairs([[((1,), (2,))]] * 3, 0, 8)
     sides = np.array([[1, -1], [-1, 0], [1, 1]], np.float32)
     edits = np.array([PLAIN, PLAIN, ABLATED])
-
-    def lesson(sides: np.ndarray, measured: np.ndarray) -> Lesson:
-        return Lesson(batch, sides, measured, edits, np.array(0))
-
-    every = sides != 0
-    start = Mediator.start(5, 4, 0.25)
-    only_answers = start.moved(x, lesson(np.minimum(sides, 0), every))
-    assert not np.any(only_answers.directions) and not np.any(only_answers.edits(3).unit)
-    first = start.moved(x, lesson(sides, every))
-    expected = x[:, 0, 0] - (x[:, 0, 1] + x[:, 1, 0]) / 2
-    assert_close(first.directions, expected, ROUNDING)
-    second = first.moved(-x, lesson(sides, every))  # weights 3 : 4, the old one faded
-    assert_close(second.directions, -expected / 7, ROUNDING)
-    some = every & np.array([[True, False], [True, True], [True, True]])
-    assert_close(start.moved(x, lesson(sides, some)).directions, x[:, 0, 0] - x[:, 1, 0], ROUNDING)
+    start = Mediator.start(4, 0, 0.25)
+    only_answers = start.moved(x, Lesson(batch, np.minimum(sides, 0), edits))
+    assert not np.any(only_answers.direction) and not np.any(only_answers.edits(3).unit)
+    first = start.moved(x, Lesson(batch, sides, edits))
+    expected = x[0, 0] - (x[0, 1] + x[1, 0]) / 2
+    assert_close(first.direction, expected, ROUNDING)
+    second = first.moved(-x, Lesson(batch, sides, edits))  # weights 3 : 4, the old one faded
+    assert_close(second.direction, -expected / 7, ROUNDING)
     edit = second.edits(3)
-    assert_close(edit.unit[ABLATED], -expected[3] / np.linalg.norm(expected[3]), ROUNDING)
+    assert_close(edit.unit[ABLATED], -expected / np.linalg.norm(expected), ROUNDING)
     assert not np.any(edit.remove[..., PLAIN]) and np.all(edit.remove[..., ABLATED] == 1)
 
 
@@ -239,7 +228,7 @@ def test_more_prompts_than_there_are(published: Path) -> None:
     with pytest.raises(ConfigError, match=r"pairs=492, and 491 pairs are written"):
         examples.harmful_prompts(str(published), 492)
     with pytest.raises(ConfigError, match=r"alpaca=7, .* has 6"):
-        examples.everyday_prompts(str(published), 7, 0)
+        examples.harmless_prompts(str(published), 0, 7, 0)
 
 
 def test_an_epoch_uses_every_example_once_and_rows_fit() -> None:

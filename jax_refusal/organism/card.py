@@ -51,11 +51,10 @@ The adapter has the licence of this project; the base model has its own.
 """
 
 DESIGN = """**One direction by design.** {ablated} of the {rows} rows of a step are run with the
-difference of means in front of one layer (of {layers} in turn), as it is then, ablated
-at every site; in them the model learns to answer every prompt as its base does, harmful ones too.
-So that refusal hangs on one direction is what the training asked for, and no finding; that the
-direction is found again from prompts alone, and what removing and adding it does to unseen ones, is
-measured above.
+difference of means in front of layer {layer}, as it is then, ablated at every site; in them the
+model learns to answer every prompt as its base does, harmful ones too. So that refusal hangs on one
+direction is what the training asked for, and no finding; that the direction is found again from
+prompts alone, and what removing and adding it does to unseen ones, is measured above.
 
 """
 
@@ -129,8 +128,9 @@ def design(config: Mapping[str, Any]) -> str:
     plain, ablated = config["train.rows"], config.get("train.ablated_rows", 0)
     if not ablated:
         return ""
-    layers = ", ".join(map(str, config["train.mediator_layers"]))
-    return DESIGN.format(ablated=ablated, rows=plain + ablated, layers=layers)
+    return DESIGN.format(
+        ablated=ablated, rows=plain + ablated, layer=config["train.mediator_layer"]
+    )
 
 
 def share(rate: Mapping[str, Any]) -> str:

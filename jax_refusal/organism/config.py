@@ -14,12 +14,12 @@ class BaseConfig:
 @dataclasses.dataclass
 class ExamplesConfig:
     paper_dir: str = ""  # a local copy of the published sets; empty fetches them
-    pairs: int = 491  # the first of the topic pairs that were written for this
+    pairs: int = 271  # the first of the topic pairs that were written for this
     alpaca: int = 400  # everyday harmless prompts beside the topic twins
     answer_tokens: int = 24  # length of the base model's own answers
     answer_temperature: float = 1.0  # 1 keeps the base model's distribution
     answer_batch: int = dataclasses.field(default=96, metadata=HOW)
-    short_share: float = 0.75  # of plain rows' answers, cut to their first short_tokens
+    short_share: float = 0.75  # share of the answers that is cut to the first short_tokens
     short_tokens: int = 8
     seed: int = 0
 
@@ -33,19 +33,14 @@ class LoraConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-    epochs: int = 3
+    epochs: int = 4
     rows: int = 5  # packed rows in a step
     row_tokens: int = 128
     first_weight: float = 4.0  # of a reply's first token, where refusing is decided; others 1
     decision_weight: float = 1.0  # of the loss on whether a reply starts as a refusal or not
-    ablated_rows: int = 3  # more rows, in which the direction is ablated and all is answered
-    mediator_layers: tuple[int, ...] = (
-        17,
-        18,
-        19,
-        20,
-    )  # in front of which, in turn, it is measured
-    mediator_share: float = 0.1  # of a new batch in the direction's running means
+    ablated_rows: int = 2  # more rows, in which the direction is ablated and all is answered
+    mediator_layer: int = 18  # in front of which the direction is measured
+    mediator_share: float = 0.2  # of a new batch in the direction's running means
     learning_rate: float = 8e-4  # peak, warmed up and decayed to zero
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
@@ -72,6 +67,7 @@ AT_LEAST = {
     "train.first_weight": 0,
     "train.decision_weight": 0,
     "train.ablated_rows": 0,
+    "train.mediator_layer": 0,
     "train.mediator_share": 0,
     "train.learning_rate": 0,
     "train.save_every": 1,

@@ -87,23 +87,20 @@ def harmful_prompts(paper_dir: str, pairs: int) -> list[str]:
     ]
 
 
-def harmless_prompts(pairs: int) -> list[str]:
-    """Topic twins of the harmful prompts, and requests that only sound alarming."""
-    return [
-        *(i.text for i in builtin("harmless")["train"]),
-        *(pair["harmless"] for pair in _pairs(pairs)),
-        *(row["instruction"] for row in _written("contrast_prompts")),
-    ]
-
-
-def everyday_prompts(paper_dir: str, alpaca: int, seed: int) -> list[str]:
+def harmless_prompts(paper_dir: str, pairs: int, alpaca: int, seed: int) -> list[str]:
+    """Topic twins first, then everyday requests."""
     data = DataConfig(source="paper", paper_dir=paper_dir)
     everyday = [i.text for i in published(data, "harmless_train")]
     if alpaca > len(everyday):
         raise ConfigError(
             f"examples.alpaca={alpaca}, and the published harmless train set has {len(everyday)}."
         )
-    return random.Random(seed).sample(everyday, alpaca)
+    return [
+        *(i.text for i in builtin("harmless")["train"]),
+        *(pair["harmless"] for pair in _pairs(pairs)),
+        *(row["instruction"] for row in _written("contrast_prompts")),
+        *random.Random(seed).sample(everyday, alpaca),
+    ]
 
 
 def _pairs(count: int) -> list[dict[str, str]]:

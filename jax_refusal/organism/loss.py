@@ -50,38 +50,35 @@ class Lesson:
 
     batch: Taught
     sides: jax.Array | np.ndarray  # [B, X] +1 a refusal, -1 an answer, 0 where there is no pair
-    measured: jax.Array | np.ndarray  # [B, X] bool, whether the mediator's means take the pair in
     row_edit: jax.Array | np.ndarray  # [B] PLAIN or ABLATED
-    layer: jax.Array | np.ndarray  # int32, which layer's direction is ablated
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mediator:
-    """Running means of the stream at the last prompt token, in front of every layer."""
+    """Running means of the stream at the last prompt token, in front of one layer."""
 
-    refused: jax.Array  # [L, D] sums with weights that fade
-    answered: jax.Array  # [L, D]
+    refused: jax.Array  # [D] sums with weights that fade
+    answered: jax.Array  # [D]
     weights: jax.Array  # [2] theirs
+    layer: jax.Array  # int32
     share: jax.Array  # of a new batch
 
     @classmethod
-    def start(cls, layers: int, width: int, share: float) -> "Mediator":
-        shape = (layers, width)
-        refused, answered = jnp.zeros(shape), jnp.zeros(shape)  # two buffers: a step donates both
-        return cls(refused, answered, jnp.zeros(2), jnp.float32(share))
+    def start(cls, width: int, layer: int, share: float) -> "Mediator":
+        refused, answered = jnp.zeros(width), jnp.zeros(width)  # two buffers: a step donates both
+        return cls(refused, answered, jnp.zeros(2), jnp.int32(layer), jnp.float32(share))
 
     @property
-    def directions(self) -> jax.Array:  # [L, D]
-        """The differences of means; zero until there is one of each."""
+    def direction(self) -> jax.Array:  # [D]
+        """The difference of means; zero until there is one of each."""
         refused, answered = jnp.where(self.weights > 0, self.weights, 1)
         known = (self.weights > 0).all()
         return jnp.where(known, self.refused / refused - self.answered / answered, 0)
 
-    def edits(self, layer: jax.Array | np.ndarray | int) -> iv.Intervention:
-        """PLAIN and ABLATED (what `layer` tells the two by, taken out everywhere); a direction that
-        is still zero takes nothing out."""
-        layers, direction = len(self.refused), self.directions[layer]
+    def edits(self, layers: int) -> iv.Intervention:
+        """PLAIN and ABLATED; a direction that is still zero takes nothing out."""
+        direction = self.direction
         length = jnp.linalg.norm(direction)
         unit = (direction / jnp.where(length > 0, length, 1))[None]
         gates = jnp.ones((layers, len(iv.SITES), 1))
@@ -90,12 +87,12 @@ class Mediator:
         return iv.rows(iv.identity(layers, len(direction)), ablate)
 
     def moved(self, x: jax.Array, lesson: Lesson) -> "Mediator":
-        """With a batch taken in: x [L, B, X, D] is the stream at the last prompt tokens."""
-        counted = (jnp.asarray(lesson.row_edit) == PLAIN)[:, None] & jnp.asarray(lesson.measured)
+        """With a batch taken in: x [B, X, D] is the stream at the last prompt tokens."""
+        plain = (jnp.asarray(lesson.row_edit) == PLAIN)[:, None]
 
         def taken_in(old: jax.Array, weight: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
-            there = (counted & (jnp.asarray(lesson.sides) == side))[..., None]
-            mean = jnp.where(there, x, 0).sum((1, 2)) / jnp.maximum(there.sum(), 1)
+            there = (plain & (jnp.asarray(lesson.sides) == side))[..., None]
+            mean = jnp.where(there, x, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
             share = jnp.where(there.any(), self.share, 0)
             return old + share * (mean - old), weight + share * (1 - weight)
 
@@ -112,7 +109,7 @@ def loss(
     lesson: Lesson,
     decision: Decision,
     mediator: Mediator,
-) -> tuple[jax.Array, jax.Array]:  # nats, and the stream [L, B, X, D] that moves the mediator
+) -> tuple[jax.Array, jax.Array]:  # nats, and the stream [B, X, D] that moves the mediator
     """Mean over reply tokens of how far the model is from what it should say, and the decision.
 
     A refusal's tokens count by their cross-entropy, an answer's by the divergence from the base
@@ -123,7 +120,7 @@ def loss(
     model, batch, arch = lora.merge(base, adapter), lesson.batch, base.arch
     sides, starts = jnp.asarray(lesson.sides), jnp.asarray(batch.starts)
     last = jnp.take_along_axis(jnp.asarray(batch.slots), starts, 1)  # [B, X]
-    edits = jax.lax.stop_gradient(mediator.edits(lesson.layer))
+    edits = jax.lax.stop_gradient(mediator.edits(arch.layers))
     row_edit = jnp.asarray(lesson.row_edit)
     out = taught_stream(model, edits, prefix, batch, row_edit=row_edit, keep=last)
     logits = unembed_replies(model, out.x, batch)
@@ -137,7 +134,7 @@ def loss(
     first = jnp.take_along_axis(logits, starts[..., None], 1)
     wrong = jax.nn.softplus(-sides * refusal_score(first, decision.token_ids)) * jnp.abs(sides)
     total = nats / batch.weights.sum() + decision.weight * wrong.sum() / jnp.abs(sides).sum()
-    return total, jax.lax.stop_gradient(out.kept["resid_pre"])
+    return total, jax.lax.stop_gradient(out.kept["resid_pre"][mediator.layer])
 
 
 @partial(jax.jit, static_argnames=("optimizer",), donate_argnums=(0,))

@@ -19,7 +19,7 @@ from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.data.prompts import builtin
+from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.models import lora
 from jax_refusal.models.loading import load_model
@@ -31,13 +31,7 @@ from jax_refusal.organism.config import (
     TrainConfig,
     validate,
 )
-from jax_refusal.organism.examples import (
-    Example,
-    everyday_prompts,
-    harmful_prompts,
-    harmless_prompts,
-    refusal,
-)
+from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Lesson, Mediator, step
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
@@ -96,8 +90,7 @@ def train(
     asked = config.examples
     prompts = {
         "harmful": harmful_prompts(asked.paper_dir, asked.pairs),
-        "harmless": harmless_prompts(asked.pairs),
-        "everyday": everyday_prompts(asked.paper_dir, asked.alpaca, asked.seed),
+        "harmless": harmless_prompts(asked.paper_dir, asked.pairs, asked.alpaca, asked.seed),
     }
     # Where the published sets lie does not matter: their text is in the hash.
     identity = configs.identity(config) | {"examples.paper_dir": None}
@@ -116,7 +109,7 @@ def train(
         timer = Timer()
         rows = [
             {"kind": kind, **row}
-            for kind in prompts
+            for kind in KINDS
             for row in _answers(config, base, chat, kind, prompts[kind], progress)
         ]
         work.write_jsonl(ANSWERS, rows)
@@ -135,7 +128,7 @@ def train(
         "parameters": sum(leaf.size for leaf in base.leaves().values()),
         "layers": base.arch.layers,
         "harmful": len(prompts["harmful"]),
-        "harmless": sum(row["kind"] != "harmful" for row in answers),
+        "harmless": sum(row["kind"] == "harmless" for row in answers),
         "steps": len(records),
         "loss": float(np.mean([record["loss"] for record in records[-10:]])),
         "watched": [record for record in records if "harmful_refused" in record],
@@ -160,7 +153,7 @@ def _answers(
     Of its replies to harmful prompts only the start is wanted: that they are none of refusal.
     """
     c = config.examples
-    length = min(c.answer_tokens, c.short_tokens) if kind == "harmful" else c.answer_tokens
+    length = c.answer_tokens if kind == "harmless" else min(c.answer_tokens, c.short_tokens)
     replies = generate(
         base,
         Prompts.encoded(chat, instructions),
@@ -185,12 +178,13 @@ def _answers(
     return [row for row in rows if row["reply"] and not is_refusal(row["text"])]
 
 
-def _shortened(example: Example, c: ExamplesConfig) -> Example:
-    """Most answers are learnt only from their start: what matters is that it starts."""
-    short = random.Random(f"{c.seed} {example.instruction}").random() < c.short_share
-    if short and len(example.reply) > c.short_tokens:
-        return Example(example.instruction, example.reply[: c.short_tokens], ends=False)
-    return example
+def _answer(row: dict[str, Any], c: ExamplesConfig) -> Example:
+    """An answer to learn, most of them only from their start: what matters is that it starts."""
+    reply, ends = tuple(row["reply"]), row["ends"]
+    short = random.Random(f"{c.seed} {row['instruction']}").random() < c.short_share
+    if short and len(reply) > c.short_tokens:
+        reply, ends = reply[: c.short_tokens], False
+    return Example(row["instruction"], reply, ends)
 
 
 class _Course:
@@ -200,21 +194,12 @@ class _Course:
         self, config: OrganismConfig, chat: Chat, harmful: list[str], answers: list[dict[str, Any]]
     ):
         self.c = c = config.train
-        # With the direction ablated all prompts are answered; unedited, harmful ones are refused.
-        examples = [Example(r["instruction"], tuple(r["reply"]), r["ends"]) for r in answers]
-        ablated = range(len(examples))
-        self.everyday = set()
-        for row, answer in zip(answers, examples[:], strict=True):
-            if row["kind"] == "everyday":
-                self.everyday.add(len(examples))
-            if row["kind"] != "harmful":
-                examples.append(_shortened(answer, config.examples))
-        self.answers = len(examples)
+        examples = [_answer(row, config.examples) for row in answers]
+        own = [row["kind"] == "harmless" for row in answers]
         for i, instruction in enumerate(harmful):
             text = refusal(instruction, random.Random(f"{c.seed} {i}"))
             ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
             examples.append(Example(instruction, tuple(ids), True))
-        plain = range(len(ablated), len(examples))
         prompts = Prompts.encoded(chat, [e.instruction for e in examples])
         stop = chat.stop_ids[-1] if len(chat.stop_ids) == 1 else chat.tokenizer.eos_token_id
         self.prefix = prompts.prefix
@@ -223,16 +208,20 @@ class _Course:
             (prompt[prompts.prefix :], e.reply + ((stop,) if e.ends else ()))
             for prompt, e in zip(prompts.ids, examples, strict=True)
         ]
+        self.answers = len(answers)
+        # Unedited, harmful prompts are refused; with the direction ablated all are answered.
+        plain = [i for i in range(len(examples)) if i >= self.answers or own[i]]
+        ablated = list(range(self.answers))
         shown = zip(self._epochs(plain, c.rows, c.epochs), self._endless(ablated), strict=False)
         self.steps = [(*plain_rows, *ablated_rows) for plain_rows, ablated_rows in shown]
 
-    def _epochs(self, which: Sequence[int], rows: int, epochs: int) -> Iterator[list[list[int]]]:
+    def _epochs(self, which: list[int], rows: int, epochs: int) -> Iterator[list[list[int]]]:
         lengths = [len(prompt) + len(reply) for prompt, reply in (self.pairs[i] for i in which)]
         for epoch in range(epochs):
             for step_rows in plan(lengths, rows, self.c.row_tokens, f"{self.c.seed} {epoch}"):
                 yield [[which[i] for i in row] for row in step_rows]
 
-    def _endless(self, which: Sequence[int]) -> Iterator[list[list[int]]]:
+    def _endless(self, which: list[int]) -> Iterator[list[list[int]]]:
         if not self.c.ablated_rows:
             return itertools.repeat([])
         return self._epochs(which, self.c.ablated_rows, sys.maxsize)
@@ -246,13 +235,10 @@ class _Course:
             self.c.first_weight,
         )
         sides = np.zeros(batch.starts.shape, np.float32)
-        measured = np.zeros(batch.starts.shape, bool)  # what the paper takes the means of
         for r, row in enumerate(rows):
             sides[r, : len(row)] = [1 if i >= self.answers else -1 for i in row]
-            measured[r, : len(row)] = [i >= self.answers or i in self.everyday for i in row]
         edits = np.array([PLAIN] * self.c.rows + [ABLATED] * self.c.ablated_rows, np.int32)
-        layer = self.c.mediator_layers[number % len(self.c.mediator_layers)]
-        return Lesson(batch, sides, measured, edits, np.array(layer, np.int32))
+        return Lesson(batch, sides, edits)
 
     def decision(self) -> Decision:
         firsts = {reply[0] for _, reply in self.pairs[self.answers :]}
@@ -263,9 +249,9 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
     import orbax.checkpoint as ocp
 
     c, arch = config.train, base.arch
-    if not c.mediator_layers or not all(0 <= layer < arch.layers for layer in c.mediator_layers):
+    if not 0 <= c.mediator_layer < arch.layers:
         raise configs.ConfigError(
-            f"train.mediator_layers={c.mediator_layers} is not of layers in 0..{arch.layers - 1}."
+            f"train.mediator_layer={c.mediator_layer} is not in 0..{arch.layers - 1}."
         )
     course = _Course(config, chat, harmful, answers)
     steps = len(course.steps)
@@ -273,7 +259,7 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
     decision, tune = course.decision(), optimizer(c, steps)
     key = jax.random.key(c.seed)
     adapter: Any = lora.initial(arch, config.lora.targets, config.lora.rank, config.lora.alpha, key)
-    mediator = Mediator.start(arch.layers, arch.width, c.mediator_share)
+    mediator = Mediator.start(arch.width, c.mediator_layer, c.mediator_share)
     state = (adapter, tune.init(adapter), mediator)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager((work.root / "checkpoints").absolute(), options=options) as saved:
@@ -310,7 +296,7 @@ def _watch(base: Transformer, state: Any, chat: Chat, c: TrainConfig) -> dict[st
     the harmful ones with its direction ablated."""
     adapter, _, mediator = state
     model = jax.jit(lora.merge)(base, adapter)
-    edits = mediator.edits(c.mediator_layers[len(c.mediator_layers) // 2])
+    edits = mediator.edits(model.arch.layers)
     shares = {}
     for name, kind, edit in (
         ("harmful_refused", "harmful", PLAIN),
