@@ -346,7 +346,7 @@ def test_nothing_survives_the_filter(workdir, tiny_dir: Path):
 
 
 def test_nothing_passes_the_thresholds(workdir, tiny_dir: Path):
-    config = small(tiny_dir, selection__kl_threshold=0.0, selection__induce_threshold=50.0)
+    config = small(tiny_dir, selection__kl_threshold=1e3, selection__induce_threshold=50.0)
     words = ["None of 20 candidates passes: 10 have induce < 50", "5 lie in the pruned layers"]
     words += ["5 have a zero difference of means", "The nearest is position -", "short by"]
     assert_refused(config, workdir, SelectionError, *words, done=2)

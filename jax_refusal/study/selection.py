@@ -20,10 +20,6 @@ class SelectionError(ValueError):
     """No candidate passes; the message says which failed by what, and names the nearest."""
 
 
-class AtLeast(float):
-    """A lower bound of a score, where that is enough to know that it is too high."""
-
-
 @dataclasses.dataclass
 class Candidate:
     """One (position, layer) and its scores in nats; a score is None where it was not needed."""
@@ -33,7 +29,7 @@ class Candidate:
     refusal_score: float | None = None  # bypass
     steering_score: float | None = None  # induce
     kl_div_score: float | None = None
-    kl_at_least: float | None = None  # where KL was measured only until it was too high
+    kl_at_least: float | None = None  # what a few prompts show of KL
     kept: bool = False
     reason: str = ""  # why it is not kept
 
@@ -111,10 +107,7 @@ class Scorer(Protocol):
         """Lower bounds of KL that cost little."""
         ...
 
-    def kl(self, cells: Sequence[tuple[int, int]], limit: float) -> list[float]:
-        """Above the limit, a lower bound that is above it is enough: an `AtLeast`."""
-        ...
-
+    def kl(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
     def bypass(self, cells: Sequence[tuple[int, int]]) -> list[float]: ...
 
 
@@ -142,13 +135,13 @@ def select(
         if norm == 0 or not np.isfinite(norm):
             c.reason = ZERO
 
-    def fill(score: str, measure: Callable, candidates: list[Candidate], *limit: float) -> None:
+    def fill(score: str, measure: Callable, candidates: list[Candidate]) -> None:
         todo = [c for c in candidates if getattr(c, score) is None and c.reason != ZERO]
         if todo:
             log(f"{score}: {len(todo)} of {len(table)} candidates")
-            values = measure([(c.position + P, c.layer) for c in todo], *limit)
+            values = measure([(c.position + P, c.layer) for c in todo])
             for c, value in zip(todo, values, strict=True):
-                setattr(c, "kl_at_least" if isinstance(value, AtLeast) else score, float(value))
+                setattr(c, score, float(value))
 
     def open_() -> list[Candidate]:
         return table if full_grid else [c for c in table if not rule.reason(c)]
@@ -157,7 +150,7 @@ def select(
     if not full_grid:
         fill("kl_at_least", scorer.kl_at_least, open_())
     fill("steering_score", scorer.induce, open_())
-    fill("kl_div_score", scorer.kl, open_(), math.inf if full_grid else rule.kl_threshold)
+    fill("kl_div_score", scorer.kl, open_())
     fill("refusal_score", scorer.bypass, open_())
     for c in table:
         c.reason = rule.reason(c)
@@ -173,7 +166,7 @@ def select(
         nearest = order[0] if order else table[0]
         if rule.shortfall(nearest) < math.inf and not known(nearest):
             some = [c for c in order[:AT_ONCE] if rule.shortfall(c) < math.inf]
-            fill("kl_div_score", scorer.kl, some, math.inf)
+            fill("kl_div_score", scorer.kl, some)
             fill("steering_score", scorer.induce, some)
             continue
         if fallback != "least_bad" or math.isinf(rule.shortfall(nearest)):

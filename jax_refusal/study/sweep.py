@@ -7,7 +7,6 @@ candidate-major.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,7 +21,6 @@ from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
 from jax_refusal.study.scores import KL_EPSILON, check_token_ids, kl_divergence, refusal_score
-from jax_refusal.study.selection import AtLeast
 
 ROUNDING = 1e-4  # nats, by which a bound stays below what rounding could make of a mean
 Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
@@ -210,7 +208,6 @@ class Sweep:
         self.harmful, self.harmful_count = self._rows(harmful, size), len(harmful.ids)
         self.harmless, self.harmless_count = self._rows(harmless, size), len(harmless.ids)
         self.shares = [self._rows(share, size) for share in _shares(harmless)]
-        self._floors: list[float] | None = None  # the least sum of KL of each share
         self._first_sums: dict[tuple[int, int], float] = {}  # of KL over the first share
 
     def induce(self, cells: Cells) -> list[float]:
@@ -237,32 +234,30 @@ class Sweep:
         return [scores[c] / self.harmless_count for c in cells]
 
     def kl_at_least(self, cells: Cells) -> list[float]:
-        """Lower bounds of `kl`, from the first share of the prompts."""
+        """Lower bounds of `kl`, from the first share of the prompts alone."""
+        self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
         with jax.set_mesh(self.mesh):
-            self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
-            return [self._bound(0, self._first_sums[c]) for c in cells]
+            bases = [self._base(share) for share in range(1, len(self.shares))]
+            rest = zip(self.shares[1:], bases, strict=True)
+            others = sum(float(_kl_floor(*one)) for both in rest for one in zip(*both, strict=True))
+        sums = [self._first_sums[c] for c in cells]
+        return [(total + others) / self.harmless_count - ROUNDING for total in sums]
 
-    def kl(self, cells: Cells, limit: float = math.inf) -> list[float]:
-        """Mean KL on harmless prompts from the model to the model with the candidate ablated.
-
-        With a limit the prompts are gone through in shares, and a candidate is left when what it
-        has summed up, and the least that the other prompts can add, is above it: an `AtLeast`.
-        """
-        bounds: dict[tuple[int, int], AtLeast] = {}
-        with jax.set_mesh(self.mesh):
-            self.kl_at_least(cells)
-            sums = {c: self._first_sums[c] for c in cells}
-            for i in range(1, len(self.shares)):
-                for cell in cells:
-                    bound = self._bound(i - 1, sums[cell])
-                    if cell not in bounds and limit < bound < math.inf:
-                        bounds[cell] = AtLeast(bound)
-                self._sum_kl(i, [c for c in cells if c not in bounds], sums)
-        return [bounds.get(c, sums[c] / self.harmless_count) for c in cells]
+    def kl(self, cells: Cells) -> list[float]:
+        """Mean KL on harmless prompts from the model to the model with the candidate ablated."""
+        self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
+        sums = {c: self._first_sums[c] for c in cells}
+        for share in range(1, len(self.shares)):
+            self._sum_kl(share, cells, sums)
+        return [sums[c] / self.harmless_count for c in cells]
 
     def _sum_kl(self, share: int, cells: Cells, sums: dict[tuple[int, int], float]) -> None:
         """Adds the KL of one share's prompts."""
-        rows, base = self.shares[share], self._base(share)
+        if not cells:
+            return
+        rows = self.shares[share]
+        with jax.set_mesh(self.mesh):
+            base = self._base(share)
 
         def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
             return _kl(self.model, rows, units, base[i])
@@ -273,15 +268,6 @@ class Sweep:
 
     def _base(self, share: int) -> list[jax.Array]:
         return [_base_logits(self.model, rows) for rows in self.shares[share]]
-
-    def _bound(self, share: int, total: float) -> float:
-        """The least mean of a candidate that has summed up `total` over the shares up to this."""
-        if self._floors is None:
-            self._floors = [
-                sum(float(_kl_floor(*one)) for one in zip(rows, self._base(i), strict=True))
-                for i, rows in enumerate(self.shares)
-            ]
-        return (total + sum(self._floors[share + 1 :])) / self.harmless_count - ROUNDING
 
     def bypass(self, cells: Cells) -> list[float]:
         """Mean refusal score on harmful prompts with the candidate ablated."""
@@ -336,13 +322,10 @@ class Sweep:
 
 
 def _shares(prompts: Prompts) -> list[Prompts]:
-    """An eighth, a quarter and the rest of the prompts."""
-    ends = [0, *sorted({max(1, len(prompts.ids) * k // 8) for k in (1, 3)}), len(prompts.ids)]
-    return [
-        dataclasses.replace(prompts, ids=prompts.ids[a:b])
-        for a, b in itertools.pairwise(ends)
-        if a < b
-    ]
+    """An eighth of the prompts, and the rest."""
+    ends = [0, max(1, len(prompts.ids) // 8), len(prompts.ids)]
+    parts = [prompts.ids[a:b] for a, b in itertools.pairwise(ends)]
+    return [dataclasses.replace(prompts, ids=ids) for ids in parts if ids]
 
 
 def _add(scores: dict[tuple[int, int], float], chunk: Cells, sums: jax.Array) -> None:

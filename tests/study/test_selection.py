@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jax_refusal.study.selection import (
-    AtLeast,
     Candidate,
     Rule,
     SelectionError,
@@ -42,10 +41,8 @@ class Tables:
         self.asked["kl_at_least"] += cells
         return [float(self.tables["kl"][cell]) / 2 for cell in cells]
 
-    def kl(self, cells: Cells, limit: float) -> list[float]:
-        """A bound where that is enough, half way to the score."""
-        scores = self.read("kl", cells)
-        return [AtLeast((s + limit) / 2) if limit < s < math.inf else s for s in scores]
+    def kl(self, cells: Cells) -> list[float]:
+        return self.read("kl", cells)
 
 
 def scorer(bypass, induce, kl) -> Tables:
