@@ -144,17 +144,19 @@ def select(task: Task) -> dict[str, Any]:
         chosen = np.zeros((P, L, 1))
         chosen[tuple(np.transpose(cells))] = 1
         directions = directions * chosen
-    sweep = Sweep(model, directions, harmful, harmless, task["refusal_ids"])
+
+    def fresh() -> Sweep:  # one for each selection: it remembers what a few prompts showed
+        return Sweep(model, directions, harmful, harmless, task["refusal_ids"])
 
     everything = selection.Rule(L, kl_threshold=math.inf, induce_threshold=-math.inf)
     grid, grid_times = _without_compiling(
-        lambda: selection.select(directions, sweep, everything, full_grid=True),
+        lambda: selection.select(directions, fresh(), everything, full_grid=True),
         sizes["grid_repeats"],
     )
     rule = _typical(grid.table, end, L)
     expected = selection.choose([c for c in grid.table if c.reason != selection.ZERO], rule)
     default, default_times = _without_compiling(
-        lambda: selection.select(directions, sweep, rule), sizes["grid_repeats"]
+        lambda: selection.select(directions, fresh(), rule), sizes["grid_repeats"]
     )
     assert expected is not None
     same = (default.position, default.layer) == (expected.position, expected.layer)
@@ -334,12 +336,14 @@ def scale_candidates(task: Task) -> dict[str, Any]:
     model, _, (harmful, harmless), _ = _load(task)
     shape = (harmful.positions, model.arch.layers, model.arch.width)
     directions = np.random.default_rng(0).normal(size=shape)
-    sweep = Sweep(model, directions, harmful, harmless, task["refusal_ids"])
+
+    def scores(cells: list[tuple[int, int]]) -> list[list[float]]:
+        sweep = Sweep(model, directions, harmful, harmless, task["refusal_ids"])
+        return [sweep.kl(cells), sweep.bypass(cells)]
 
     def seconds(count: int) -> list[float]:
         cells = _spread(list(np.ndindex(shape[:2])), count)
-        call = timed(lambda: [sweep.kl(cells), sweep.bypass(cells)], task["sizes"]["grid_repeats"])
-        return call["seconds"]
+        return timed(lambda: scores(cells), task["sizes"]["grid_repeats"])["seconds"]
 
     return {"seconds": [seconds(count) for count in task["sizes"]["scale_candidates"]]}
 
