@@ -43,7 +43,8 @@ weights and key/value cache once, at the rate of a copy of 1 GB. The rates are m
 run: machines differ and are noisy, so trust ratios.
 
 Flags and processes are here; what is compared in bench_rows.py, the table in bench_table.py, the
-two sides in bench_jax.py and bench_hooks.py. docs/benchmarks.md says how to read the results.
+two sides in bench_jax.py and bench_hooks.py, the floors in bench_floor.py.
+docs/benchmarks.md says how to read the results.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Our side of the benchmark, and the floors: one function for each job of launch/bench.py.
+"""Our side of the benchmark: one function for each job of launch/bench.py.
 
-Letters: P post-instruction tokens, L layers, D residual width, V vocabulary, G key/value heads, K
-head width. Functions take the task (launch.bench_rows.task_of) and return JSON values.
+Letters: P post-instruction tokens, L layers, D residual width. Functions take the task
+(launch.bench_rows.task_of) and return JSON values.
 """
 
 import dataclasses
@@ -23,8 +23,6 @@ from jax_refusal import pipeline as study_pipeline
 from jax_refusal import session as files
 from jax_refusal.artifacts import Workdir
 from jax_refusal.data.prompts import KINDS, builtin, load_prompts
-from jax_refusal.models import declaration
-from jax_refusal.models.families import Architecture
 from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime import collect as collection
 from jax_refusal.runtime import generate as generation
@@ -32,6 +30,14 @@ from jax_refusal.runtime.batching import Prompts
 from jax_refusal.sources import locate
 from jax_refusal.study import selection
 from jax_refusal.study.sweep import Sweep
+from launch.bench_floor import (
+    block_weights,
+    cache_bytes,
+    head_weights,
+    select_flops,
+    tokens,
+    weight_bytes,
+)
 from launch.bench_rows import timed
 
 Task = dict[str, Any]
@@ -65,49 +71,6 @@ def machine(task: Task) -> dict[str, Any]:
         "gb_s": 2 * megabytes / 1e3 / min(copy["seconds"]),  # read and written
     }
     return {"peaks": peaks}
-
-
-def block_weights(arch: Architecture) -> int:
-    """Matmul weights of all blocks: what a token is multiplied with, without the head."""
-    heads = arch.width * arch.head_width * (2 * arch.heads + 2 * arch.kv_heads)
-    return arch.layers * (heads + 3 * arch.width * arch.mlp_width)
-
-
-def head_weights(arch: Architecture) -> int:
-    return arch.vocab * arch.width
-
-
-def weight_bytes(arch: Architecture) -> int:
-    """All weights in float32, a tied head once."""
-    shapes = (declaration.shape(arch, axes) for axes in declaration.axes(arch).values())
-    return 4 * sum(map(math.prod, shapes))
-
-
-def cache_bytes(arch: Architecture, rows: int, context: float) -> float:
-    """Keys and values of `context` tokens in float32."""
-    return 4 * 2 * arch.layers * arch.kv_heads * arch.head_width * context * rows
-
-
-def tokens(prompts: Prompts) -> int:
-    """Real tokens, the shared prefix once."""
-    return sum(map(len, prompts.ids)) - (len(prompts.ids) - 1) * prompts.prefix
-
-
-def select_flops(
-    arch: Architecture, table: list[selection.Candidate], harmful: Prompts, harmless: Prompts
-) -> float:
-    """What the scores in a table need; an addition at layer l needs the layers from l on."""
-    blocks, head = 2 * block_weights(arch), 2 * head_weights(arch)
-    flops = 2.0 * (blocks * tokens(harmless) + head * len(harmless.ids))  # unedited: KL, induce
-    for c in table:
-        for score, prompts, share in (
-            (c.kl_div_score, harmless, 1.0),
-            (c.refusal_score, harmful, 1.0),
-            (c.steering_score, harmless, 1 - c.layer / arch.layers),
-        ):
-            if score is not None:
-                flops += share * blocks * tokens(prompts) + head * len(prompts.ids)
-    return flops
 
 
 def _load(task: Task) -> tuple[Any, list[Prompts], list[Prompts], float]:

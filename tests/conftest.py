@@ -5,6 +5,7 @@ without hardware, and no hub.
 """
 
 import os
+import shutil
 import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,7 +26,7 @@ import jax_refusal as jr
 from jax_refusal.data.chat import Chat
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.sources import locate
-from tests import tiny
+from tests import runs, tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every test compiles for itself: a stored program could hide what compiling says.
@@ -97,3 +98,18 @@ def smollm2_hf() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of an uninterrupted run; tests must not change it."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    log = runs.run(runs.small(tiny_dir), workdir)
+    assert runs.stages_run(log) == runs.STAGES
+    return workdir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be broken."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))

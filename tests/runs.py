@@ -15,6 +15,13 @@ from jax_refusal import pipeline
 from jax_refusal.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
+COMPLETIONS = (
+    "harmful_baseline",
+    "harmful_ablation",
+    "harmful_addition",
+    "harmless_baseline",
+    "harmless_addition",
+)
 STAGES = [name for name, _ in pipeline.stages()]
 SMALL = {
     "data.n_train": 6,
@@ -119,3 +126,12 @@ def launch(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     process = start(cache, *arguments)
     out, err = process.communicate(timeout=250)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def cut_after(workdir: Path, stage: str) -> None:
+    """Makes it the workdir of a run that was killed between this stage and the next."""
+    listed = manifest(workdir)
+    for name in STAGES[STAGES.index(stage) + 1 :]:
+        for file in listed["stages"].pop(name)["files"]:
+            (workdir / file).unlink()
+    (workdir / "manifest.json").write_text(json.dumps(listed))

@@ -244,7 +244,7 @@ class Transformer(nnx.Module):
             arch = self.arch
             x = layers.rms_norm(x, self.final_norm[...], arch.norm_epsilon, arch.norm)
             if self.head is None:
-                if x.shape[0] * x.shape[1] <= 32:
+                if x.shape[0] * x.shape[1] <= 32:  # as `linear` says; of more, this is slower
                     logits = layers.linear(x, self.embed[...], outputs_first=True)
                 else:
                     logits = layers.einsum("bqd,vd->bqv", x, self.embed[...])

@@ -51,3 +51,15 @@ def kl_divergence(
     """sum_v p_base (log(p_base + e) - log(p_edited + e)): how much an edit changes the reply."""
     p, q = jax.nn.softmax(base, -1), jax.nn.softmax(edited, -1)
     return jnp.sum(p * (jnp.log(p + KL_EPSILON) - jnp.log(q + KL_EPSILON)), -1)
+
+
+def least_kl_divergence(
+    base: jax.Array,  # [..., V] logits of the unedited model
+) -> jax.Array:  # [...], nats, below zero
+    """What `kl_divergence` from these logits cannot fall below, whatever the edit.
+
+    sum_v p log((p + e) / (q + e)) >= - e sum_v log(1 + p / e), since sum_v (p + e) log((p + e) /
+    (q + e)) >= 0 (p + e and q + e have one sum) and q >= 0.
+    """
+    p = jax.nn.softmax(base, -1)
+    return -KL_EPSILON * jnp.log1p(p / KL_EPSILON).sum(-1)

@@ -20,10 +20,15 @@ from jax_refusal.models.cache import Tokens
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
-from jax_refusal.study.scores import KL_EPSILON, check_token_ids, kl_divergence, refusal_score
+from jax_refusal.study.scores import (
+    check_token_ids,
+    kl_divergence,
+    least_kl_divergence,
+    refusal_score,
+)
 
-ROUNDING = 1e-4  # nats, by which a bound stays below what rounding could make of a mean
 Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
+ROUNDING = 1e-4  # nats, by which a bound stays below what rounding could make of a mean
 
 
 @jax.tree_util.register_dataclass
@@ -107,15 +112,9 @@ def _ablated(model: Transformer, rows: Rows, units: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _kl_floor(rows: Rows, base: jax.Array) -> jax.Array:
-    """The least that the KL of these prompts can sum up to, whatever the edit; base [M, X, V].
-
-    With e inside both logs: sum_v p log((p + e) / (q + e)) >= - e sum_v log(1 + p / e), since
-    sum_v (p + e) log((p + e) / (q + e)) >= 0 (both sides sum to 1 + V e), and q is at least 0.
-    """
-    p = jax.nn.softmax(base, -1)
-    least = -KL_EPSILON * jnp.log1p(p / KL_EPSILON).sum(-1)
-    return jnp.where(rows.valid, least, 0).sum()
+def _least_kl(rows: Rows, base: jax.Array) -> jax.Array:
+    """The least that the KL of these prompts can sum up to; base [M, X, V]."""
+    return jnp.where(rows.valid, least_kl_divergence(base), 0).sum()
 
 
 @jax.jit
@@ -208,6 +207,7 @@ class Sweep:
         self.harmful, self.harmful_count = self._rows(harmful, size), len(harmful.ids)
         self.harmless, self.harmless_count = self._rows(harmless, size), len(harmless.ids)
         self.shares = [self._rows(share, size) for share in _shares(harmless)]
+        self._bases: dict[int, list[jax.Array]] = {}  # unedited logits of each share
         self._first_sums: dict[tuple[int, int], float] = {}  # of KL over the first share
 
     def induce(self, cells: Cells) -> list[float]:
@@ -237,9 +237,11 @@ class Sweep:
         """Lower bounds of `kl`, from the first share of the prompts alone."""
         self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
         with jax.set_mesh(self.mesh):
-            bases = [self._base(share) for share in range(1, len(self.shares))]
-            rest = zip(self.shares[1:], bases, strict=True)
-            others = sum(float(_kl_floor(*one)) for both in rest for one in zip(*both, strict=True))
+            others = sum(
+                float(_least_kl(*one))
+                for share in range(1, len(self.shares))
+                for one in zip(self.shares[share], self._base(share), strict=True)
+            )
         sums = [self._first_sums[c] for c in cells]
         return [(total + others) / self.harmless_count - ROUNDING for total in sums]
 
@@ -255,9 +257,7 @@ class Sweep:
         """Adds the KL of one share's prompts."""
         if not cells:
             return
-        rows = self.shares[share]
-        with jax.set_mesh(self.mesh):
-            base = self._base(share)
+        rows, base = self.shares[share], self._base(share)
 
         def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
             return _kl(self.model, rows, units, base[i])
@@ -267,7 +267,10 @@ class Sweep:
             sums[cell] = sums.get(cell, 0.0) + value
 
     def _base(self, share: int) -> list[jax.Array]:
-        return [_base_logits(self.model, rows) for rows in self.shares[share]]
+        if share not in self._bases:
+            with jax.set_mesh(self.mesh):
+                self._bases[share] = [_base_logits(self.model, rows) for rows in self.shares[share]]
+        return self._bases[share]
 
     def bypass(self, cells: Cells) -> list[float]:
         """Mean refusal score on harmful prompts with the candidate ablated."""

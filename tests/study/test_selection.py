@@ -6,14 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from jax_refusal.study.selection import (
-    Candidate,
-    Rule,
-    SelectionError,
-    choose,
-    find,
-    select,
-)
+from jax_refusal.study.selection import Candidate, Rule, SelectionError, choose, find, select
 from tests import shared
 
 Cells = Sequence[tuple[int, int]]

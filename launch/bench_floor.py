@@ -1,0 +1,51 @@
+"""What the jobs of launch/bench.py cannot do without: products, weights, key/value cache."""
+
+import math
+
+from jax_refusal.models import declaration
+from jax_refusal.models.families import Architecture
+from jax_refusal.runtime.batching import Prompts
+from jax_refusal.study import selection
+
+
+def block_weights(arch: Architecture) -> int:
+    """Matmul weights of all blocks: what a token is multiplied with, without the head."""
+    heads = arch.width * arch.head_width * (2 * arch.heads + 2 * arch.kv_heads)
+    return arch.layers * (heads + 3 * arch.width * arch.mlp_width)
+
+
+def head_weights(arch: Architecture) -> int:
+    return arch.vocab * arch.width
+
+
+def weight_bytes(arch: Architecture) -> int:
+    """All weights in float32, a tied head once."""
+    shapes = (declaration.shape(arch, axes) for axes in declaration.axes(arch).values())
+    return 4 * sum(map(math.prod, shapes))
+
+
+def cache_bytes(arch: Architecture, rows: int, context: float) -> float:
+    """Keys and values of `context` tokens in float32."""
+    return 4 * 2 * arch.layers * arch.kv_heads * arch.head_width * context * rows
+
+
+def tokens(prompts: Prompts) -> int:
+    """Real tokens, the shared prefix once."""
+    return sum(map(len, prompts.ids)) - (len(prompts.ids) - 1) * prompts.prefix
+
+
+def select_flops(
+    arch: Architecture, table: list[selection.Candidate], harmful: Prompts, harmless: Prompts
+) -> float:
+    """What the scores in a table need; an addition at layer l needs the layers from l on."""
+    blocks, head = 2 * block_weights(arch), 2 * head_weights(arch)
+    flops = 2.0 * (blocks * tokens(harmless) + head * len(harmless.ids))  # unedited: KL, induce
+    for c in table:
+        for score, prompts, share in (
+            (c.kl_div_score, harmless, 1.0),
+            (c.refusal_score, harmful, 1.0),
+            (c.steering_score, harmless, 1 - c.layer / arch.layers),
+        ):
+            if score is not None:
+                flops += share * blocks * tokens(prompts) + head * len(prompts.ids)
+    return flops
