@@ -98,17 +98,23 @@ def generate(
     edit: Intervention | None = None,  # one row, or one for every instruction
     max_new_tokens: int = 64,
     *,
+    row_edit: Sequence[int] | None = None,  # which of the edit's rows each instruction is run with
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[str]:
-    """A reply to each instruction; greedy unless temperature > 0."""
+    """A reply to each instruction; greedy unless temperature > 0.
+
+    Rows whose replies have ended take in the instructions that wait: all conditions of an
+    experiment may be one call, with their edits in `rows` and `row_edit` saying which is whose.
+    """
     replies = generation.generate(
         model,
         Prompts.encoded(chat, instructions, model.arch),
         iv.identity(model.arch.layers, model.arch.width) if edit is None else edit,
         stop_ids=chat.stop_ids,
         max_new_tokens=max_new_tokens,
+        row_edit=row_edit,
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
@@ -22,7 +23,6 @@ from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.session import METRICS, Study, StudyError
 from jax_refusal.sources import fingerprint, locate
 from jax_refusal.stages import (
-    CONDITIONS,
     write_completions,
     write_means,
     write_metrics,
@@ -32,7 +32,7 @@ from jax_refusal.stages import (
 )
 
 # Section of the config -> the first stage that depends on it: until then it may change.
-FIRST_USE = {"selection": "selection", "generate": "harmful baseline"}
+FIRST_USE = {"selection": "selection", "generate": "completions"}
 
 
 def run(
@@ -96,15 +96,11 @@ def run(
 
 def stages() -> list[tuple[str, Callable[[Study], list[str]]]]:
     """Name and function of each stage, in order."""
-
-    def completions(kind: str, edit: str, coefficient: float) -> Callable[[Study], list[str]]:
-        return lambda study: write_completions(study, kind, edit, coefficient)
-
     return [
         ("refusal tokens", write_refusal_tokens),
         ("means", write_means),
         ("selection", write_selection),
-        *((f"{k} {e}", completions(k, e, coefficient)) for k, e, coefficient in CONDITIONS),
+        ("completions", write_completions),
         ("metrics", write_metrics),
         ("report", write_report),
     ]
@@ -147,9 +143,10 @@ def side_by_side(
     each = len(instructions)
     replies = study.replies(
         study.encoded(instructions * len(edits)),
-        iv.repeat(iv.rows(*edits.values()), each),
+        iv.rows(*edits.values()),
         max_new_tokens,
         "generate",
+        row_edit=np.repeat(range(len(edits)), each).tolist(),
     )
     texts = [study.chat.decode(ids).strip() for ids in replies]
     return [dict(zip(edits, texts[i::each], strict=True)) for i in range(each)]

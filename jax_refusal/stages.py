@@ -204,40 +204,48 @@ def write_selection(study: Study) -> list[str]:
     return [CANDIDATES, DIRECTION, CHOICE]
 
 
-def write_completions(study: Study, kind: str, edit: str, coefficient: float) -> list[str]:
-    """One condition's replies, judged."""
+def write_completions(study: Study) -> list[str]:
+    """Every condition's replies, judged. All are rows of one job: what refuses soon makes room."""
     g, layers = study.config.generate, study.model.arch.layers
     choice = study.selection()
-    if edit == "ablation":
-        change = iv.ablate(choice.direction, layers)
-    elif edit == "addition":
-        change = iv.add(choice.direction, layers, layer=choice.layer, coefficient=coefficient)
-    else:
-        change = study.nothing
-    instructions = getattr(study.prompts, kind)["test"]
+    edits, row_edit, instructions = [], [], []
+    for i, (kind, edit, coefficient) in enumerate(CONDITIONS):
+        if edit == "ablation":
+            edits.append(iv.ablate(choice.direction, layers))
+        elif edit == "addition":
+            edits.append(
+                iv.add(choice.direction, layers, layer=choice.layer, coefficient=coefficient)
+            )
+        else:
+            edits.append(study.nothing)
+        instructions += getattr(study.prompts, kind)["test"]
+        row_edit += [i] * (len(instructions) - len(row_edit))
     replies = study.replies(
         study.encoded([i.text for i in instructions]),
-        change,
+        iv.rows(*edits),
         g.max_new_tokens,
-        f"{kind} {edit}",
+        "completions",
+        row_edit=row_edit,
         temperature=g.temperature,
         seed=g.seed,
     )
-    responses = [study.chat.decode(ids).strip() for ids in replies]
-    name = f"completions/{kind}_{edit}.jsonl"
-    study.workdir.write_jsonl(
-        name,
-        (
+    rows = []
+    for instruction, ids in zip(instructions, replies, strict=True):
+        response = study.chat.decode(ids).strip()
+        rows.append(
             {
                 "instruction": instruction.text,
                 "category": instruction.category,
                 "response": response,
                 "refused": refusals.is_refusal(response),
             }
-            for instruction, response in zip(instructions, responses, strict=True)
-        ),
-    )
-    return [name]
+        )
+    files = [f"completions/{kind}_{edit}.jsonl" for kind, edit, _ in CONDITIONS]
+    for i, name in enumerate(files):
+        study.workdir.write_jsonl(
+            name, [row for row, which in zip(rows, row_edit, strict=True) if which == i]
+        )
+    return files
 
 
 def write_metrics(study: Study) -> list[str]:

@@ -221,11 +221,10 @@ def pipeline(spawn: Spawn, sizes: Sizes) -> list[Row]:
     parts = whole_workflow(theirs, ours["candidates"], len(ours["cells"]))
     pairs = [(ours["replies"][name][i], text) for name, i, text in theirs["replies"]]
     stages, compiled = ours["stages"], statistics.median(ours["compile_seconds"])
-    answers = sum(stages[f"{kind} {edit}"] for kind, edit, _ in ours["conditions"])
     note = (
         f"{ours['origin']}, the model {'with' if ours['adapter'] else 'without'} an adapter that "
         f"makes it refuse; selection {stages['selection']:.4g} s of ours, "
-        f"{parts['selection']:.4g} s of theirs, replies {answers:.4g} s and "
+        f"{parts['selection']:.4g} s of theirs, replies {stages['completions']:.4g} s and "
         f"{parts['replies']:.4g} s, ours with compiling, of which the row leaves out all "
         f"{compiled:.4g} s"
     )

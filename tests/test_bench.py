@@ -87,7 +87,7 @@ def test_rows_of_the_workflow_and_of_scaling_from_what_workers_say() -> None:
     ours = {
         "seconds": [10.0],
         "compile_seconds": [4.0],
-        "stages": {"selection": 6.0, "harmful baseline": 1.0, "harmful ablation": 2.0},
+        "stages": {"selection": 6.0, "completions": 3.0},
         "origin": "builtin prompts",
         "counts": [4, 3, 2],
         "adapter": "some",

@@ -18,9 +18,11 @@ import jax_refusal as jr
 from jax_refusal.data.chat import Chat
 from jax_refusal.interventions import Intervention
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime import decode
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
-from jax_refusal.runtime.generate import Sampling, generate
+from jax_refusal.runtime.decode import Sampling
+from jax_refusal.runtime.generate import generate
 from jax_refusal.study.selection import Rule, Selection, SelectionError, select
 from jax_refusal.study.sweep import Sweep
 from tests import oracle, tiny
@@ -267,15 +269,17 @@ def test_replies_by_a_scan(model: Transformer, chat: Chat, monkeypatch: pytest.M
     prompts, (edit, _) = Prompts.encoded(chat, HARMFUL), edits_of(model, chat)["ablation"]
     options: Any = {"stop_ids": chat.stop_ids, "max_new_tokens": NEW_TOKENS}
     unrolled = generate(model, prompts, edit, **options)
-    real, modes = generation._generate, []
+    real, modes = decode.advance, []
 
-    def by_scan(model: Any, blocks: Any, *args: Any, **options: Any) -> Any:
+    def advance(model: Any, blocks: Any, *args: Any) -> Any:
         modes.append(blocks is not None)
-        return real(model, None, *args, **options)
+        return real(model, blocks, *args)
 
-    monkeypatch.setattr(generation, "_generate", by_scan)
+    monkeypatch.setattr(decode, "advance", advance)
     assert generate(model, prompts, edit, **options) == unrolled
-    assert modes == [True], "what this test compares is no longer two things"
+    monkeypatch.setattr(generation, "_unrolled", lambda model: None)
+    assert generate(model, prompts, edit, **options) == unrolled
+    assert modes == [True, False], "what this test compares is no longer two things"
 
 
 # Sampling
@@ -301,15 +305,14 @@ def test_a_sample_does_not_depend_on_its_batch(model: Transformer, chat: Chat) -
 def test_samples_follow_the_distribution() -> None:
     """20000 rows of 4 tokens at temperature 2: each share within 4 standard errors."""
     n, logits = 20_000, jnp.array([2.0, 0.0, -1.0, 1.0])
-    sampling = Sampling(
-        temperature=jnp.float32(2.0), key=jax.random.key(0), row=jnp.arange(n, dtype=jnp.int32)
-    )
-    chosen = sampling.choose(jnp.tile(logits[None], (n, 1)), jnp.int32(0))
+    sampling = Sampling(temperature=jnp.float32(2.0), key=jax.random.key(0))
+    every, none = jnp.arange(n, dtype=jnp.int32), jnp.zeros(n, jnp.int32)
+    chosen = sampling.choose(jnp.tile(logits[None], (n, 1)), every, none)
     shares = np.bincount(np.asarray(chosen), minlength=4) / n
     p = np.exp(np.asarray(logits) / 2.0)
     p /= p.sum()
     assert (np.abs(shares - p) <= 4 * np.sqrt(p * (1 - p) / n)).all()
-    later = sampling.choose(jnp.tile(logits[None], (n, 1)), jnp.int32(1))
+    later = sampling.choose(jnp.tile(logits[None], (n, 1)), every, none + 1)
     agree = float(np.mean(np.asarray(later) == np.asarray(chosen)))
     assert abs(agree - (p**2).sum()) < 0.02, "two steps are not independent"
 

@@ -194,7 +194,7 @@ def test_sampled_replies_are_reproducible(copy: Path, tiny_dir: Path, tmp_path: 
         config = small(tiny_dir, **sampled, generate__batch_size=size)
         if name == "b":
             with pytest.raises(KeyboardInterrupt):
-                run(config, workdir, progress=runs.stop_at("harmful addition"))
+                run(config, workdir, progress=runs.stop_at("completions"))
         run(config, workdir)
         files = results(workdir)
         replies[name] = {key: files[f"completions/{key}.jsonl"] for key in COMPLETIONS}

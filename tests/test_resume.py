@@ -78,7 +78,7 @@ def test_other_weights_under_the_same_name_are_refused(copy: Path, tiny_dir: Pat
 # Stopped and gone on
 
 
-@pytest.mark.parametrize("stage", ["refusal tokens", "selection", "harmful baseline"])
+@pytest.mark.parametrize("stage", ["refusal tokens", "selection", "completions"])
 def test_a_run_that_was_killed_goes_on_after_the_last_complete_stage(
     stage: str, copy: Path, finished: Path, tiny_dir: Path
 ):
@@ -93,7 +93,7 @@ def test_files_of_a_stage_that_was_not_listed_yet_are_made_again(
 ):
     """Killed after the file was renamed and before the manifest was: half of another run's file."""
     half = (copy / "completions/harmful_ablation.jsonl").read_bytes()[:100]
-    runs.cut_after(copy, "harmful baseline")
+    runs.cut_after(copy, "selection")
     (copy / "completions/harmful_ablation.jsonl").write_bytes(half)
     (copy / "completions/.harmful_addition.jsonl.tmp").write_bytes(half)
     run(small(tiny_dir), copy)
@@ -104,7 +104,7 @@ def test_an_interrupt_in_the_middle_of_a_stage_leaves_it_to_the_next_run(
     finished: Path, tiny_dir: Path, tmp_path: Path
 ):
     workdir = tmp_path / "run"
-    for title, done in (("means: harmless", 1), ("select", 2), ("harmless baseline", 6)):
+    for title, done in (("means: harmless", 1), ("select", 2), ("completions", 3)):
         with pytest.raises(KeyboardInterrupt):
             run(small(tiny_dir), workdir, progress=runs.stop_at(title))
         manifest = runs.manifest(workdir)
@@ -126,7 +126,7 @@ def edit_tensor(path: Path) -> None:
         ("refusal_tokens.json", "refusal tokens"),
         ("directions/means.safetensors", "means"),
         ("selection/candidates.jsonl", "selection"),
-        ("completions/harmful_addition.jsonl", "harmful addition"),
+        ("completions/harmful_addition.jsonl", "completions"),
         ("plots/kl.png", "report"),
     ],
 )
@@ -173,9 +173,9 @@ def test_thresholds_may_be_moved_where_nothing_was_selected(tiny_dir: Path, tmp_
 def test_killed_by_the_system_and_gone_on(
     finished: Path, tiny_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    """SIGKILL to a process of its own as soon as the first replies are there."""
+    """SIGKILL to a process of its own as soon as a direction is chosen."""
     config = runs.write_config(tmp_path / "config.py", tiny_dir)
-    workdir, first = tmp_path / "run", tmp_path / "run/completions/harmful_baseline.jsonl"
+    workdir, first = tmp_path / "run", tmp_path / "run/selection/direction.json"
     cache = runs.programs(tmp_path_factory)
     process = runs.start(cache, f"--config={config}", f"--workdir={workdir}")
     while not first.exists() and process.poll() is None:
@@ -184,7 +184,7 @@ def test_killed_by_the_system_and_gone_on(
     _, err = process.communicate()
     assert process.returncode == -signal.SIGKILL, err
     todo = runs.stages_run(run(small(tiny_dir), workdir))
-    assert 0 < len(todo) < 8 and todo == STAGES[-len(todo) :]
+    assert 0 < len(todo) < len(STAGES) and todo == STAGES[-len(todo) :]
     ours, theirs = results(workdir), results(finished)
     assert ours["metrics.json"] == theirs["metrics.json"]
     for name in COMPLETIONS:

@@ -7,6 +7,8 @@ shared ones) whose position is not after its own; where in the row a token lies 
 """
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +75,31 @@ class Cache:
             segments=self.segments[rows],
         )
 
+    def put(self, rows: jax.Array, other: "Cache") -> "Cache":
+        """Rows of another cache [G] at the given places [G] of this one (outside of it: nowhere),
+        from the first slot on; what those rows remembered behind is forgotten."""
+        slots, room = other.positions.shape[1], self.positions.shape[1]
+
+        def noted(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[rows].set(jnp.pad(new, [(0, 0), (0, room - slots)]), mode="drop")
+
+        def layer(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            here = tuple(slice(slots) if i == axis else slice(None) for i in range(1, 4))
+            return old.at[(rows, *here)].set(new, mode="drop")
+
+        def every(old: Any, new: Any, axis: int) -> Any:
+            if isinstance(old, tuple):
+                return tuple(layer(*pair, axis) for pair in zip(old, new, strict=True))
+            return jax.vmap(partial(layer, axis=axis))(old, new)
+
+        return dataclasses.replace(
+            self,
+            k=every(self.k, other.k, 3),
+            v=every(self.v, other.v, 2),
+            positions=noted(self.positions, other.positions),
+            segments=noted(self.segments, other.segments),
+        )
+
     def grow(self, slots: int) -> "Cache":
         """Room for `slots` more tokens."""
         old, none, more = [(0, 0)] * 3, (0, 0), (0, slots)
@@ -82,6 +109,23 @@ class Cache:
             v=jnp.pad(jnp.asarray(self.v), [*old, more, none]),
             positions=jnp.pad(self.positions, [(0, 0), (0, slots)]),
             segments=jnp.pad(self.segments, [(0, 0), (0, slots)]),
+        )
+
+    def placed(self) -> "Cache":
+        """Pinned to where `sharding` puts it, inside jit: programs hand it on as they got it."""
+
+        def pinned(x: Any, *axes: str | None) -> Any:
+            if isinstance(x, tuple):
+                return tuple(constrain(layer, *axes) for layer in x)
+            return constrain(x, "layers", *axes)
+
+        heads = ("batch", "kv_heads")
+        return dataclasses.replace(
+            self,
+            k=pinned(self.k, *heads, "head_width", None),
+            v=pinned(self.v, *heads, None, "head_width"),
+            positions=constrain(self.positions, "batch", None),
+            segments=constrain(self.segments, "batch", None),
         )
 
     def unrolled(self) -> "Cache":
@@ -101,15 +145,14 @@ class Cache:
 
 
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape, axes = (arch.cache_layers, rows, arch.cache_heads), ("layers", "batch", "kv_heads")
-    k, v = (*shape, arch.head_width, slots), (*shape, slots, arch.head_width)
+    shape = (arch.cache_layers, rows, arch.cache_heads)
     return Cache(
-        k=constrain(jnp.zeros(k, dtype), *axes, "head_width", None),
-        v=constrain(jnp.zeros(v, dtype), *axes, None, "head_width"),
+        k=jnp.zeros((*shape, arch.head_width, slots), dtype),
+        v=jnp.zeros((*shape, slots, arch.head_width), dtype),
         positions=jnp.zeros((rows, slots), jnp.int32),
         segments=jnp.full((rows, slots), PADDING, jnp.int32),
         length=jnp.int32(0),
-    )
+    ).placed()
 
 
 def write(

@@ -6,7 +6,7 @@ once and left out of the rows.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -140,11 +140,12 @@ def left_padded(parts: Sequence[Sequence[int]], start: int, length: int) -> Toke
     return host_tokens(ids, positions, segments)
 
 
-def by_length(prompts: Prompts, batch_size: int) -> Iterator[np.ndarray]:
-    """Indices of prompts in batches of about the same length, longest first."""
-    order = np.argsort([-len(ids) for ids in prompts.ids], kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def pools(lengths: Sequence[int], least: int = 64) -> list[np.ndarray]:
+    """Indices of prompts, longest first, in groups that fit slots of one number: up to `least`
+    tokens, up to twice as many, and so on."""
+    order = np.argsort([-length for length in lengths], kind="stable")
+    doublings = np.array([max(0, (lengths[i] - 1) // least).bit_length() for i in order])
+    return [order[doublings == d] for d in sorted(set(doublings.tolist()), reverse=True)]
 
 
 def bucket(size: int, least: int = 16) -> int:

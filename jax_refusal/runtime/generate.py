@@ -1,10 +1,9 @@
-"""Replies: one prefill and a while_loop of single-token steps, with a different edit on every row.
+"""Replies: prompts wait for one of a batch's rows, and leave it as soon as they are answered.
 
-Letters: B batch row, T token, N prefix tokens, V vocabulary, R edit rows (1 or B).
+Letters: B batch row, N prefix tokens, R edit rows, P prompts, G prompts admitted at once.
 """
 
-import dataclasses
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,87 +11,20 @@ import numpy as np
 
 from jax_refusal import interventions, sharding
 from jax_refusal.interventions import Intervention
-from jax_refusal.models import cache as caches
-from jax_refusal.models.block import Block
-from jax_refusal.models.cache import Cache, Tokens
+from jax_refusal.models.cache import Cache
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.transformer import Transformer
-from jax_refusal.runtime.batching import Prompts, bucket, by_length, left_padded, place
+from jax_refusal.runtime import decode
+from jax_refusal.runtime.batching import Prompts, bucket, left_padded, place, pools
 from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen; arrays, so that changing them compiles nothing.
-
-    A row's noise depends on the seed, its own number and the step alone: not on the batch it is in.
-    """
-
-    temperature: jax.Array  # 0 is greedy
-    key: jax.Array
-    row: jax.Array  # [B] the prompt's number in its job
-
-    def choose(self, logits: jax.Array, step: jax.Array) -> jax.Array:  # [B, V] -> [B] int32
-        def sample() -> jax.Array:
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), step))
-            return jax.vmap(jax.random.categorical)(keys(self.row), logits / self.temperature)
-
-        greedy = partial(jnp.argmax, logits, -1)
-        return jax.lax.cond(self.temperature > 0, sample, greedy).astype(jnp.int32)
-
+from jax_refusal.runtime.decode import Rules, Sampling
 
 # Once for all batches of a job: single layers are a copy of the weights.
 _unrolled = jax.jit(Transformer.unrolled)
 
-
-@partial(jax.jit, static_argnames=("room",))
-def _generate(
-    model: Transformer,
-    blocks: tuple[Block, ...] | None,  # steps run over these single layers instead of a scan
-    tokens: Tokens,  # [B, T], left-padded
-    edit: Intervention,
-    prefix: Cache | None,  # R or 1 rows of N tokens
-    stop_ids: jax.Array,
-    sampling: Sampling,
-    limit: jax.Array,  # int32, new tokens at most
-    finished: jax.Array,  # [B] rows that only fill up the batch
-    *,
-    room: int,  # slots for new tokens, at least `limit`
-) -> tuple[jax.Array, jax.Array]:  # ids [B, room], lengths [B] (stop token included)
-    rows, slots = tokens.ids.shape
-    if prefix is None:
-        cache = caches.empty(model.arch, rows, slots + room, model.dtype)
-    else:
-        cache = prefix.repeat(rows // prefix.positions.shape[0]).grow(slots + room)
-    out = model(tokens, edit, cache=cache)
-    assert out.cache is not None
-    cache = out.cache if blocks is None else out.cache.unrolled()
-    first = sampling.choose(model.unembed(out.x[:, -1:])[:, 0], jnp.int32(0))
-
-    def running(state):
-        step, _, _, finished, _, _ = state
-        return (step < limit) & ~jnp.all(finished)
-
-    def advance(state):
-        step, token, position, finished, ids, cache = state
-        # Position of the new token in its own row: the last prompt token's, plus one and the step.
-        one = Tokens(
-            ids=token[:, None],
-            positions=(position + step)[:, None],
-            segments=jnp.ones((rows, 1), jnp.int32),
-            lengths=position[:, None],
-        )
-        ids = jax.lax.dynamic_update_slice(ids, jnp.where(finished, -1, token)[:, None], (0, step))
-        finished = finished | jnp.isin(token, stop_ids)
-        out = model(one, edit, cache=cache, blocks=blocks)
-        token = sampling.choose(model.unembed(out.x)[:, 0], step + 1)
-        return step + 1, token, position, finished, ids, out.cache
-
-    ids = jnp.full((rows, room), -1, jnp.int32)
-    state = (jnp.int32(0), first, tokens.positions[:, -1] + 1, finished, ids, cache)
-    ids = jax.lax.while_loop(running, advance, state)[4]
-    return ids, (ids >= 0).sum(-1)
+# A full batch admits a quarter of its rows at a time: prompts run well together, and on average an
+# eighth of the rows waits.
+ADMISSIONS = 4
 
 
 class ContextError(ValueError):
@@ -112,10 +44,11 @@ def check_room(prompts: Prompts, max_new_tokens: int, arch: Architecture) -> Non
 def generate(
     model: Transformer,
     prompts: Prompts,
-    edit: Intervention,  # one row, or one for every prompt
+    edit: Intervention,  # [R]
     *,
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
+    row_edit: Sequence[int] | None = None,  # [P] which of the edit's rows each prompt is run with
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 32,
@@ -124,53 +57,151 @@ def generate(
 ) -> list[list[int]]:
     """New token ids of each prompt, in order; a reply's stop token is left out.
 
-    Prompts of about equal length share a batch; the last batch is filled up, so few shapes compile.
+    Without row_edit the edit has one row, for all prompts, or one for each. Prompts of about equal
+    length share a batch of at most batch_size rows. A row whose reply has ended takes in another
+    prompt, so that long replies do not hold up the others.
     Raises ContextError where a prompt and its reply would not fit the model's context.
     """
     check_room(prompts, max_new_tokens, model.arch)
     prompts = prompts.for_rows_of(max(map(len, prompts.ids)), model.arch)
-    if edit.unit.shape[0] not in (1, len(prompts.ids)):
-        raise ValueError(
-            f"The edit has {edit.unit.shape[0]} rows for {len(prompts.ids)} prompts; it needs one, "
-            "or one for every prompt."
-        )
+    which = _row_edit(edit, row_edit, len(prompts.ids))
     mesh = mesh_of(model)
-    data = mesh.shape["data"]
-    # Batches of one size, the last as full as the others; a single one of one of few sizes.
-    batches = -(-len(prompts.ids) // batch_size)
-    size = -(-len(prompts.ids) // batches)
-    size = min(batch_size, bucket(size, least=1)) if batches == 1 else size
-    size = -(-size // data) * data
     replies: list[list[int]] = [[] for _ in prompts.ids]
+    rules = Rules(
+        stop_ids=jnp.array(stop_ids, jnp.int32),
+        limit=jnp.int32(max_new_tokens),
+        sampling=Sampling(temperature=jnp.float32(temperature), key=jax.random.key(seed)),
+    )
     with jax.set_mesh(mesh):
-        # Where steps of few rows wait for memory: see `unrolled`.
-        blocks = _unrolled(model) if mesh.devices.flat[0].platform == "cpu" else None
-        one_row = edit.unit.shape[0] == 1
-        prefix = shared_prefix(model, prompts, edit) if one_row else None
-        for members in progress(list(by_length(prompts, size)), title):
-            # The batch is filled up with its own first prompt, finished from the start.
-            filled = np.concatenate([members, np.repeat(members[:1], size - len(members))])
-            parts = [prompts.ids[i][prompts.prefix :] for i in filled]
-            tokens = left_padded(parts, prompts.prefix, bucket(max(map(len, parts))))
-            own = interventions.take(edit, filled)
-            ids, lengths = _generate(
-                model,
-                blocks,
-                place(tokens, mesh),
-                own,
-                prefix if one_row else shared_prefix(model, prompts, own, size),
-                jnp.array(stop_ids, jnp.int32),
-                Sampling(
-                    temperature=jnp.float32(temperature),
-                    key=jax.random.key(seed),
-                    row=sharding.place(filled.astype(np.int32), mesh, "batch"),
-                ),
-                jnp.int32(max_new_tokens),
-                sharding.place(np.arange(size) >= len(members), mesh, "batch"),
-                room=bucket(max_new_tokens),
-            )
-            ids, lengths = np.asarray(ids), np.asarray(lengths)
-            for row, prompt in enumerate(members):
-                reply = ids[row, : lengths[row]].tolist()
-                replies[prompt] = reply[:-1] if reply and reply[-1] in stop_ids else reply
+        job = _Job(model, prompts, edit, which, rules, batch_size)
+        for prompt, ids in progress(job, title):
+            replies[prompt] = ids[:-1] if ids and ids[-1] in stop_ids else ids
     return replies
+
+
+def _row_edit(edit: Intervention, row_edit: Sequence[int] | None, prompts: int) -> np.ndarray:
+    rows = edit.unit.shape[0]
+    if row_edit is None:
+        if rows not in (1, prompts):
+            raise ValueError(
+                f"The edit has {rows} rows for {prompts} prompts; it needs one, or one for every "
+                "prompt, or row_edit to say which of them each prompt takes."
+            )
+        return np.arange(prompts) % rows
+    which = np.asarray(row_edit)
+    if which.shape != (prompts,) or which.min() < 0 or which.max() >= rows:
+        raise ValueError(
+            f"row_edit has shape {which.shape} and values up to {which.max(initial=-1)}: it needs "
+            f"one of the edit's rows 0..{rows - 1} for each of {prompts} prompts."
+        )
+    return which
+
+
+class _Job:
+    """Yields each prompt's number with its new tokens, in the order in which they are ready."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Prompts,
+        edits: Intervention,
+        which: np.ndarray,  # [P]
+        rules: Rules,
+        batch_size: int,
+    ):
+        self.model, self.prompts, self.edits, self.which = model, prompts, edits, which
+        self.rules, self.batch_size, self.mesh = rules, batch_size, mesh_of(model)
+        # Where steps of few rows wait for memory: see `unrolled`.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self.blocks = _unrolled(model) if on_cpu else None
+
+    def __len__(self) -> int:
+        return len(self.prompts.ids)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for members in pools([len(ids) - self.prompts.prefix for ids in self.prompts.ids]):
+            yield from self._pool(members)
+
+    def _sizes(self, prompts: int) -> tuple[int, int]:
+        """Rows of the batch, and how many prompts it admits at once."""
+        data, batches = self.mesh.shape["data"], -(-prompts // self.batch_size)
+        if batches == 1:
+            size = min(self.batch_size, bucket(prompts, least=1))
+            size = -(-size // data) * data
+            return size, size
+        # As full as if the prompts were shared out over whole batches.
+        size = -(-prompts // batches // data) * data
+        return size, -(-size // ADMISSIONS // data) * data
+
+    def _pool(self, members: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+        """Replies to prompts that fit the same slots."""
+        model, prompts = self.model, self.prompts
+        size, group = self._sizes(len(members))
+        rows = decode.empty(
+            model,
+            rows=size,
+            slots=prompts.prefix + self._slots(members),
+            room=bucket(int(self.rules.limit)),
+            unrolled=self.blocks is not None,
+        )
+        prefix = self._prefix(size)
+        waiting, free, guest = list(members), list(range(size)), np.full(size, -1)
+        while waiting or len(free) < size:
+            full = len(free) == size  # at the start a batch is filled whatever is left over
+            while waiting and free and (full or len(free) >= min(group, len(waiting))):
+                few = min(group, len(free), len(waiting))
+                places, new = free[:few], np.array(waiting[:few])
+                free, waiting, guest[places] = free[few:], waiting[few:], new
+                rows = self._admit(rows, places, new, group, prefix)
+            target = jnp.int32(size - min(group, len(waiting)) if waiting else 0)
+            rows = decode.advance(model, self.blocks, rows, self.edits, target, self.rules)
+            finished, count = np.asarray(rows.finished), np.asarray(rows.count)
+            first, ids = np.asarray(rows.first), np.asarray(rows.ids)
+            for row in np.flatnonzero(finished & (guest >= 0)):
+                slots = (first[row] + np.arange(count[row])) % ids.shape[1]
+                yield int(guest[row]), ids[row, slots].tolist()
+                guest[row] = -1
+                free.append(int(row))
+
+    def _slots(self, members: np.ndarray) -> int:
+        """Room for the longest of some prompts, without the prefix."""
+        return bucket(max(len(self.prompts.ids[i]) for i in members) - self.prompts.prefix)
+
+    def _prefix(self, size: int) -> Cache | None:
+        """The shared tokens under every edit, where these are no more than the rows."""
+        edits = self.edits.unit.shape[0]
+        return shared_prefix(self.model, self.prompts, self.edits, edits) if edits <= size else None
+
+    def _admit(
+        self,
+        rows: decode.Rows,
+        places: list[int],
+        members: np.ndarray,
+        group: int,
+        prefix: Cache | None,
+    ) -> decode.Rows:
+        """Puts the replies to these prompts in these rows; a group that is not full is filled up
+        with its first prompt, for no row."""
+        model, prompts, few = self.model, self.prompts, len(members)
+        filled = np.concatenate([members, np.repeat(members[:1], group - few)])
+        parts = [prompts.ids[i][prompts.prefix :] for i in filled]
+        which = prefix_row = self.which[filled]
+        if prefix is None:
+            own = interventions.take(self.edits, which)
+            prefix, prefix_row = shared_prefix(model, prompts, own, group), np.arange(group)
+        per_prompt = (filled, which, prefix_row, [*places, *[len(rows.finished)] * (group - few)])
+        number, edit, prefix_row, places_ = (
+            sharding.place(np.array(x, np.int32), self.mesh, "batch") for x in per_prompt
+        )
+        return decode.admit(
+            model,
+            rows,
+            place(left_padded(parts, prompts.prefix, self._slots(members)), self.mesh),
+            number,
+            self.edits,
+            edit,
+            prefix,
+            prefix_row,
+            places_,
+            self.rules,
+        )

@@ -1,0 +1,190 @@
+"""Replies where prompts outnumber the rows of a batch: each is the one it would be alone."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jax_refusal as jr
+from jax_refusal import interventions as iv
+from jax_refusal.data.chat import Chat
+from jax_refusal.interventions import Intervention
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime import decode
+from jax_refusal.runtime.batching import Prompts, pools
+from jax_refusal.runtime.generate import generate
+
+NEW_TOKENS = 20
+WORDS = "river stone bread cloud train music garden paper".split()
+TEXTS = [
+    *(f"Say {WORDS[i % 8]} {'again and ' * (i % 3)}{i}" for i in range(13)),
+    "Repeat this: " + " ".join(WORDS * 4),  # does not fit the slots of the others
+]
+
+
+@pytest.fixture(scope="module")
+def edits(model: Transformer) -> Intervention:
+    direction, L = np.random.default_rng(0).normal(size=model.arch.width), model.arch.layers
+    return jr.rows(
+        jr.identity(L, model.arch.width),
+        jr.ablate(direction, L),
+        jr.add(direction, L, layer=1, coefficient=4.0),
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(chat: Chat) -> Prompts:
+    return Prompts.encoded(chat, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def row_edit() -> list[int]:
+    return [i % 3 for i in range(len(TEXTS))]
+
+
+@pytest.fixture(scope="module")
+def plain(
+    model: Transformer, prompts: Prompts, edits: Intervention, row_edit: list[int]
+) -> list[list[int]]:
+    """Greedy replies by whole forward passes: no cache, no batch, no prefix."""
+    slots, replies = max(map(len, prompts.ids)) + NEW_TOKENS, []
+    for ids, which in zip(prompts.ids, row_edit, strict=True):
+        edit, tokens = iv.take(edits, np.array([which])), list(ids)
+        for _ in range(NEW_TOKENS):
+            row = np.zeros((1, slots), np.int32)
+            row[0, : len(tokens)] = tokens
+            logits = jr.logits(model, row, np.arange(slots)[None] < len(tokens), edit)
+            tokens.append(int(logits[0, len(tokens) - 1].argmax()))
+        replies.append(tokens[len(ids) :])
+    return replies
+
+
+@pytest.fixture(scope="module")
+def stop(plain: list[list[int]]) -> int:
+    """A token that ends some replies early, some later and some never."""
+
+    def lengths(token: int) -> int:
+        return len({len(until(reply, token)) for reply in plain})
+
+    best = max({token for reply in plain for token in reply}, key=lengths)
+    assert lengths(best) >= 4
+    return best
+
+
+def until(reply: list[int], stop: int) -> list[int]:
+    return reply[: reply.index(stop)] if stop in reply else reply
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_rows_take_in_the_prompts_that_wait(
+    batch_size: int,
+    model: Transformer,
+    prompts: Prompts,
+    edits: Intervention,
+    row_edit: list[int],
+    plain: list[list[int]],
+    stop: int,
+) -> None:
+    found = generate(
+        model,
+        prompts,
+        edits,
+        row_edit=row_edit,
+        stop_ids=(stop,),
+        max_new_tokens=NEW_TOKENS,
+        batch_size=batch_size,
+    )
+    assert found == [until(reply, stop) for reply in plain]
+
+
+def test_an_edit_for_every_prompt(
+    model: Transformer,
+    prompts: Prompts,
+    edits: Intervention,
+    row_edit: list[int],
+    plain: list[list[int]],
+) -> None:
+    """More edits than rows: the prefix is run with each group's own."""
+    each = iv.take(edits, np.array(row_edit))
+    options: Any = {"stop_ids": (), "max_new_tokens": 3, "batch_size": 4}
+    assert generate(model, prompts, each, **options) == [reply[:3] for reply in plain]
+    # What is donated is the job's own: the caller's arrays can be used again.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, each)))
+
+
+def test_no_row_waits_for_the_longest_reply(
+    model: Transformer,
+    prompts: Prompts,
+    edits: Intervention,
+    row_edit: list[int],
+    plain: list[list[int]],
+    stop: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps taken, against the tokens that were needed and what whole batches would have taken."""
+    short = dataclasses.replace(prompts, ids=prompts.ids[:-1])
+    steps, real = [0], decode.advance
+
+    def advance(*args: Any) -> Any:
+        rows = real(*args)
+        steps[0] = int(rows.step)
+        return rows
+
+    monkeypatch.setattr(decode, "advance", advance)
+    options: Any = {"stop_ids": (stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 2}
+    generate(model, short, edits, row_edit=row_edit[:-1], **options)
+    lengths = [len(until(reply, stop)) for reply in plain[:-1]]
+    needed = sum(min(length, NEW_TOKENS - 1) for length in lengths)
+    by_batches = sum(max(lengths[i : i + 2]) for i in range(0, len(lengths), 2))
+    assert needed / 2 <= steps[0] < needed / 2 + NEW_TOKENS
+    assert steps[0] < by_batches
+
+
+def test_on_a_mesh(
+    checkpoint: Callable[..., Path],
+    prompts: Prompts,
+    edits: Intervention,
+    row_edit: list[int],
+    plain: list[list[int]],
+    stop: int,
+) -> None:
+    sharded = jr.load_model(str(checkpoint()), mesh=jr.make_mesh(2, 2))
+    options: Any = {"stop_ids": (stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 8}
+    short = dataclasses.replace(prompts, ids=prompts.ids[:-1])
+    compiled = decode.advance._cache_size()
+    found = generate(sharded, short, edits, row_edit=row_edit[:-1], **options)
+    assert found == [until(reply, stop) for reply in plain[:-1]]
+    assert decode.advance._cache_size() == compiled + 1
+
+
+def test_programs_serve_every_batch(
+    model: Transformer, prompts: Prompts, edits: Intervention, row_edit: list[int]
+) -> None:
+    """Another number of prompts, other edits, another limit below the same room: nothing new."""
+    some = dataclasses.replace(prompts, ids=prompts.ids[:12])
+    options: Any = {"stop_ids": (3,), "batch_size": 4}
+    generate(model, some, edits, row_edit=row_edit[:12], max_new_tokens=NEW_TOKENS, **options)
+    compiled = [f._cache_size() for f in (decode.empty, decode.admit, decode.advance)]
+    other = dataclasses.replace(prompts, ids=prompts.ids[:8])
+    generate(model, other, edits, row_edit=[2] * 8, max_new_tokens=NEW_TOKENS - 3, **options)
+    assert [f._cache_size() for f in (decode.empty, decode.admit, decode.advance)] == compiled
+
+
+def test_which_edit_is_whose(model: Transformer, prompts: Prompts, edits: Intervention) -> None:
+    options: Any = {"stop_ids": (), "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=r"3 rows for 14 prompts.*row_edit"):
+        generate(model, prompts, edits, **options)
+    for wrong in ([0] * 13, [0] * 13 + [3], [-1] + [0] * 13):
+        with pytest.raises(ValueError, match=r"edit's rows 0\.\.2 for each of 14 prompts"):
+            generate(model, prompts, edits, row_edit=wrong, **options)
+
+
+def test_pools_are_of_about_one_length() -> None:
+    lengths = [3, 64, 65, 128, 129, 10, 1000]
+    found = [pool.tolist() for pool in pools(lengths)]
+    assert found == [[6], [4], [3, 2], [1, 5, 0]]
+    assert pools([5])[0].tolist() == [0]
