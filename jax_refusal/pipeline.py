@@ -20,6 +20,7 @@ from jax_refusal.data.prompts import load_prompts
 from jax_refusal.models import lora
 from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime.collect import Progress, silent
+from jax_refusal.runtime.startup import give_back_memory
 from jax_refusal.session import METRICS, Study, StudyError
 from jax_refusal.sources import fingerprint, locate
 from jax_refusal.stages import (
@@ -88,6 +89,7 @@ def run(
     for i, (name, stage) in enumerate(todo):
         timer = Timer()
         files = stage(study)
+        give_back_memory()
         later = [later for later, _ in todo[i + 1 :]]
         study.workdir.finish(name, files, timer.seconds, later)
         log(f"{name}: {timer.seconds:.1f} s")
