@@ -85,14 +85,18 @@ def _check_fallback(study: Study) -> None:
 
 
 def _discover(study: Study) -> list[dict[str, Any]]:
+    texts = {kind: study.prompts.texts(kind, "train")[:DISCOVERY_PROMPTS] for kind in KINDS}
+    every = study.replies(
+        study.encoded([text for kind in KINDS for text in texts[kind]]),
+        study.nothing,
+        study.config.refusal.discovery_tokens,
+        "refusal tokens",
+    )
     replies, refused = {}, {}
     for kind in KINDS:
-        texts = study.prompts.texts(kind, "train")[:DISCOVERY_PROMPTS]
-        tokens = study.config.refusal.discovery_tokens
-        title = f"refusal tokens: {kind}"
-        replies[kind] = study.replies(study.encoded(texts), study.nothing, tokens, title)
+        replies[kind], every = every[: len(texts[kind])], every[len(texts[kind]) :]
         refused[kind] = [refusals.is_refusal(study.chat.decode(ids)) for ids in replies[kind]]
-        study.log(f"{sum(refused[kind])} of {len(texts)} {kind} training prompts are refused")
+        study.log(f"{sum(refused[kind])} of {len(texts[kind])} {kind} training prompts are refused")
     firsts = {ids[0] for kind in KINDS for ids in replies[kind] if ids}
     shares = refusals.refusal_tokens(
         replies["harmful"],

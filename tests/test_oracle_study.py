@@ -41,6 +41,7 @@ HARMLESS = [
     "Bake bread.",
     "Explain why the dough has to rest, step by step",
 ]
+NINE = [*HARMLESS, "Name a tree", "Count to ten", "Draw a map of a park", "Why is it raining?"]
 REFUSAL_IDS = [43, 50]
 EVERYTHING = {"kl_threshold": 10.0, "induce_threshold": -100.0}  # lets every candidate pass
 CRITERIA = ("refusal_score", "steering_score", "kl_div_score")
@@ -60,7 +61,7 @@ def differences(model: Transformer, chat: Chat) -> np.ndarray:  # [P, L, D]
 
 
 def sweep_of(model: Transformer, chat: Chat, directions: np.ndarray) -> Sweep:
-    harmful, harmless = (Prompts.encoded(chat, texts) for texts in (HARMFUL, HARMLESS))
+    harmful, harmless = (Prompts.encoded(chat, texts) for texts in (HARMFUL, NINE))
     return Sweep(model, directions, harmful, harmless, REFUSAL_IDS)
 
 

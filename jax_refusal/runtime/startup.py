@@ -1,6 +1,7 @@
 """What a process does for all its work: keep compiled programs, give memory back."""
 
 import ctypes
+import sys
 
 import jax
 
@@ -20,6 +21,5 @@ def give_back_memory() -> None:
     It keeps what compiling and the layers laid out for decoding took, more than the weights of a
     small model, and most later arrays do not fit into the gaps.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

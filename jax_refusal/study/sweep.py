@@ -325,8 +325,8 @@ class Sweep:
 
 
 def _shares(prompts: Prompts) -> list[Prompts]:
-    """An eighth of the prompts, and the rest."""
-    ends = [0, max(1, len(prompts.ids) // 8), len(prompts.ids)]
+    """An eighth of the prompts, and the rest; of fewer than eight prompts all."""
+    ends = [0, len(prompts.ids) // 8, len(prompts.ids)]
     parts = [prompts.ids[a:b] for a, b in itertools.pairwise(ends)]
     return [dataclasses.replace(prompts, ids=ids) for ids in parts if ids]
 
