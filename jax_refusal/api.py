@@ -95,7 +95,7 @@ def generate(
     model: Transformer,
     chat: Chat,
     instructions: Sequence[str],
-    edit: Intervention | None = None,  # one row, or one for every instruction
+    edit: Intervention | None = None,  # one row, one for every instruction, or as row_edit says
     max_new_tokens: int = 64,
     *,
     row_edit: Sequence[int] | None = None,  # which of the edit's rows each instruction is run with

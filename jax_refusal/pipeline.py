@@ -117,7 +117,7 @@ def side_by_side(
 ) -> list[dict[str, str]]:
     """Each instruction's reply unedited, with the run's direction ablated, subtracted and added.
 
-    All conditions are rows of one batch. Raises StudyError where the run is not finished,
+    All conditions are rows of one job. Raises StudyError where the run is not finished,
     WorkdirError where the model or the adapter is no longer what the run used.
     """
     path = Workdir.existing(workdir)

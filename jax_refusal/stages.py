@@ -212,7 +212,7 @@ def write_completions(study: Study) -> list[str]:
     """Every condition's replies, judged. All are rows of one job: what refuses soon makes room."""
     g, layers = study.config.generate, study.model.arch.layers
     choice = study.selection()
-    edits, row_edit, instructions = [], [], []
+    edits, row_edit, numbers, instructions = [], [], [], []
     for i, (kind, edit, coefficient) in enumerate(CONDITIONS):
         if edit == "ablation":
             edits.append(iv.ablate(choice.direction, layers))
@@ -222,14 +222,17 @@ def write_completions(study: Study) -> list[str]:
             )
         else:
             edits.append(study.nothing)
-        instructions += getattr(study.prompts, kind)["test"]
-        row_edit += [i] * (len(instructions) - len(row_edit))
+        asked = getattr(study.prompts, kind)["test"]
+        instructions += asked
+        row_edit += [i] * len(asked)
+        numbers += range(len(asked))  # a prompt is sampled with the same noise in every condition
     replies = study.replies(
         study.encoded([i.text for i in instructions]),
         iv.rows(*edits),
         g.max_new_tokens,
         "completions",
         row_edit=row_edit,
+        numbers=numbers,
         temperature=g.temperature,
         seed=g.seed,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +16,11 @@ from jax_refusal.data.chat import Chat
 from jax_refusal.interventions import Intervention
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime import decode
+from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts, pools
 from jax_refusal.runtime.generate import generate
 
-NEW_TOKENS = 20
+NEW_TOKENS = 24  # as many as there are slots: the ring is as tight as can be
 WORDS = "river stone bread cloud train music garden paper".split()
 TEXTS = [
     *(f"Say {WORDS[i % 8]} {'again and ' * (i % 3)}{i}" for i in range(13)),
@@ -79,16 +81,21 @@ def until(reply: list[int], stop: int) -> list[int]:
     return reply[: reply.index(stop)] if stop in reply else reply
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize(("batch_size", "scan"), [(4, False), (8, True), (64, False)])
 def test_rows_take_in_the_prompts_that_wait(
     batch_size: int,
+    scan: bool,
     model: Transformer,
     prompts: Prompts,
     edits: Intervention,
     row_edit: list[int],
     plain: list[list[int]],
     stop: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Layer after layer, and by a scan as accelerators step."""
+    if scan:
+        monkeypatch.setattr(generation, "_unrolled", lambda model: None)
     found = generate(
         model,
         prompts,
@@ -114,6 +121,42 @@ def test_an_edit_for_every_prompt(
     assert generate(model, prompts, each, **options) == [reply[:3] for reply in plain]
     # What is donated is the job's own: the caller's arrays can be used again.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, each)))
+
+
+def test_a_guest_leaves_nothing_behind(
+    model: Transformer, prompts: Prompts, plain: list[list[int]]
+) -> None:
+    """Were it NaN: rows of an edit that breaks the stream, and others after them."""
+    L, width = model.arch.layers, model.arch.width
+    sound, broken = jr.identity(L, width), jr.add(np.ones(width), L, layer=0, coefficient=jnp.nan)
+    row_edit = [int(i % 3 != 0) for i in range(13)]  # every third one is sound, as in `plain`
+    short = dataclasses.replace(prompts, ids=prompts.ids[:13])
+    options: Any = {"stop_ids": (), "max_new_tokens": NEW_TOKENS, "batch_size": 2}
+    found = generate(model, short, jr.rows(sound, broken), row_edit=row_edit, **options)
+    assert found[::3] == plain[:13:3]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_shortest_replies(
+    limit: int, model: Transformer, prompts: Prompts, plain: list[list[int]]
+) -> None:
+    edit = jr.identity(model.arch.layers, model.arch.width)
+    options: Any = {"stop_ids": (), "batch_size": 2}
+    short = dataclasses.replace(prompts, ids=prompts.ids[:13:3])
+    found = generate(model, short, edit, max_new_tokens=limit, **options)
+    assert found == [reply[:limit] for reply in plain[:13:3]]
+    with pytest.raises(ValueError, match="max_new_tokens=0; a reply has at least 1"):
+        generate(model, short, edit, max_new_tokens=0, **options)
+
+
+def test_prompts_of_one_number_share_their_noise(model: Transformer, prompts: Prompts) -> None:
+    twice = dataclasses.replace(prompts, ids=prompts.ids[:4] * 2)
+    edit = jr.identity(model.arch.layers, model.arch.width)
+    options: Any = {"stop_ids": (), "max_new_tokens": 8, "temperature": 1.0, "batch_size": 4}
+    own = generate(model, twice, edit, **options)
+    shared = generate(model, twice, edit, numbers=[0, 1, 2, 3] * 2, **options)
+    assert own[:4] != own[4:]
+    assert own[:4] == shared[:4] == shared[4:]
 
 
 def test_no_row_waits_for_the_longest_reply(
@@ -152,11 +195,14 @@ def test_on_a_mesh(
     plain: list[list[int]],
     stop: int,
 ) -> None:
+    """Four edits, so that their prefixes lie apart too; admitted two at a time."""
     sharded = jr.load_model(str(checkpoint()), mesh=jr.make_mesh(2, 2))
     options: Any = {"stop_ids": (stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 8}
     short = dataclasses.replace(prompts, ids=prompts.ids[:-1])
     compiled = decode.advance._cache_size()
-    found = generate(sharded, short, edits, row_edit=row_edit[:-1], **options)
+    four = jr.rows(edits, jr.identity(sharded.arch.layers, sharded.arch.width))
+    which = [3 if i % 6 == 0 else edit for i, edit in enumerate(row_edit[:-1])]
+    found = generate(sharded, short, four, row_edit=which, **options)
     assert found == [until(reply, stop) for reply in plain[:-1]]
     assert decode.advance._cache_size() == compiled + 1
 

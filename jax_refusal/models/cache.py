@@ -77,15 +77,12 @@ class Cache:
 
     def put(self, rows: jax.Array, other: "Cache") -> "Cache":
         """Rows of another cache [G] at the given places [G] of this one (outside of it: nowhere),
-        from the first slot on; what those rows remembered behind is forgotten."""
-        slots, room = other.positions.shape[1], self.positions.shape[1]
-
-        def noted(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[rows].set(jnp.pad(new, [(0, 0), (0, room - slots)]), mode="drop")
+        from the first slot on; what those rows remembered is gone, were it NaN."""
+        more = self.positions.shape[1] - other.positions.shape[1]
 
         def layer(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            here = tuple(slice(slots) if i == axis else slice(None) for i in range(1, 4))
-            return old.at[(rows, *here)].set(new, mode="drop")
+            wide = jnp.pad(new, [(0, more * (i == axis)) for i in range(new.ndim)])
+            return old.at[rows].set(wide, mode="drop")
 
         def every(old: Any, new: Any, axis: int) -> Any:
             if isinstance(old, tuple):
@@ -96,8 +93,8 @@ class Cache:
             self,
             k=every(self.k, other.k, 3),
             v=every(self.v, other.v, 2),
-            positions=noted(self.positions, other.positions),
-            segments=noted(self.segments, other.segments),
+            positions=layer(self.positions, other.positions, 1),
+            segments=layer(self.segments, other.segments, 1),
         )
 
     def grow(self, slots: int) -> "Cache":

@@ -1,5 +1,6 @@
-"""Rows of replies that come and go: one admits prompts to free rows, one takes steps until enough
-rows are free again. Both are compiled once for a job, whatever its prompts, edits and lengths.
+"""Rows of replies that come and go: one program admits prompts to free rows, one takes steps until
+enough rows are free again. They are compiled for the numbers of rows, slots and edits, whatever the
+prompts and edits are; the first also for each of the few lengths that prompts are padded to.
 
 Letters: B batch row, T prompt token, C slot of the cache, N prefix tokens, S new-token slots, V
 vocabulary, G admitted prompts, R edit rows.
@@ -100,7 +101,7 @@ def empty(model: Transformer, *, rows: int, slots: int, room: int, unrolled: boo
     free = Rows(
         number=none(),
         edit=none(),
-        prompt=none(),
+        prompt=none() + 1,  # of a free row too, the position of a token is one
         token=none(),
         count=none(),
         finished=jnp.ones(rows, bool),

@@ -49,6 +49,7 @@ def generate(
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
     row_edit: Sequence[int] | None = None,  # [P] which of the edit's rows each prompt is run with
+    numbers: Sequence[int] | None = None,  # [P] prompts of one number are sampled with one noise
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 32,
@@ -62,6 +63,8 @@ def generate(
     prompt, so that long replies do not hold up the others.
     Raises ContextError where a prompt and its reply would not fit the model's context.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; a reply has at least 1.")
     check_room(prompts, max_new_tokens, model.arch)
     prompts = prompts.for_rows_of(max(map(len, prompts.ids)), model.arch)
     which = _row_edit(edit, row_edit, len(prompts.ids))
@@ -73,7 +76,8 @@ def generate(
         sampling=Sampling(temperature=jnp.float32(temperature), key=jax.random.key(seed)),
     )
     with jax.set_mesh(mesh):
-        job = _Job(model, prompts, edit, which, rules, batch_size)
+        numbered = range(len(prompts.ids)) if numbers is None else numbers
+        job = _Job(model, prompts, edit, which, np.asarray(numbered), rules, batch_size)
         for prompt, ids in progress(job, title):
             replies[prompt] = ids[:-1] if ids and ids[-1] in stop_ids else ids
     return replies
@@ -88,13 +92,13 @@ def _row_edit(edit: Intervention, row_edit: Sequence[int] | None, prompts: int) 
                 "prompt, or row_edit to say which of them each prompt takes."
             )
         return np.arange(prompts) % rows
-    which = np.asarray(row_edit)
-    if which.shape != (prompts,) or which.min() < 0 or which.max() >= rows:
+    wrong = sorted({which for which in row_edit if which not in range(rows)})
+    if len(row_edit) != prompts or wrong:
         raise ValueError(
-            f"row_edit has shape {which.shape} and values up to {which.max(initial=-1)}: it needs "
-            f"one of the edit's rows 0..{rows - 1} for each of {prompts} prompts."
+            f"row_edit has {len(row_edit)} entries{f', {wrong} among them' * bool(wrong)}: it "
+            f"needs one of the edit's rows 0..{rows - 1} for each of {prompts} prompts."
         )
-    return which
+    return np.array(row_edit)
 
 
 class _Job:
@@ -106,11 +110,13 @@ class _Job:
         prompts: Prompts,
         edits: Intervention,
         which: np.ndarray,  # [P]
+        numbers: np.ndarray,  # [P]
         rules: Rules,
         batch_size: int,
     ):
         self.model, self.prompts, self.edits, self.which = model, prompts, edits, which
-        self.rules, self.batch_size, self.mesh = rules, batch_size, mesh_of(model)
+        self.numbers, self.rules = numbers, rules
+        self.batch_size, self.mesh = batch_size, mesh_of(model)
         # Where steps of few rows wait for memory: see `unrolled`.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self.blocks = _unrolled(model) if on_cpu else None
@@ -119,8 +125,12 @@ class _Job:
         return len(self.prompts.ids)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        # The shared tokens under every edit, where these are no more than the rows of a batch.
+        edits, prefix = self.edits.unit.shape[0], None
+        if edits <= self.batch_size:
+            prefix = shared_prefix(self.model, self.prompts, self.edits, edits)
         for members in pools([len(ids) - self.prompts.prefix for ids in self.prompts.ids]):
-            yield from self._pool(members)
+            yield from self._pool(members, prefix)
 
     def _sizes(self, prompts: int) -> tuple[int, int]:
         """Rows of the batch, and how many prompts it admits at once."""
@@ -133,7 +143,7 @@ class _Job:
         size = -(-prompts // batches // data) * data
         return size, -(-size // ADMISSIONS // data) * data
 
-    def _pool(self, members: np.ndarray) -> Iterator[tuple[int, list[int]]]:
+    def _pool(self, members: np.ndarray, prefix: Cache | None) -> Iterator[tuple[int, list[int]]]:
         """Replies to prompts that fit the same slots."""
         model, prompts = self.model, self.prompts
         size, group = self._sizes(len(members))
@@ -144,7 +154,6 @@ class _Job:
             room=bucket(int(self.rules.limit)),
             unrolled=self.blocks is not None,
         )
-        prefix = self._prefix(size)
         waiting, free, guest = list(members), list(range(size)), np.full(size, -1)
         while waiting or len(free) < size:
             full = len(free) == size  # at the start a batch is filled whatever is left over
@@ -167,11 +176,6 @@ class _Job:
         """Room for the longest of some prompts, without the prefix."""
         return bucket(max(len(self.prompts.ids[i]) for i in members) - self.prompts.prefix)
 
-    def _prefix(self, size: int) -> Cache | None:
-        """The shared tokens under every edit, where these are no more than the rows."""
-        edits = self.edits.unit.shape[0]
-        return shared_prefix(self.model, self.prompts, self.edits, edits) if edits <= size else None
-
     def _admit(
         self,
         rows: decode.Rows,
@@ -186,10 +190,15 @@ class _Job:
         filled = np.concatenate([members, np.repeat(members[:1], group - few)])
         parts = [prompts.ids[i][prompts.prefix :] for i in filled]
         which = prefix_row = self.which[filled]
-        if prefix is None:
+        if prefix is None and prompts.prefix:
             own = interventions.take(self.edits, which)
             prefix, prefix_row = shared_prefix(model, prompts, own, group), np.arange(group)
-        per_prompt = (filled, which, prefix_row, [*places, *[len(rows.finished)] * (group - few)])
+        per_prompt = (
+            self.numbers[filled],
+            which,
+            prefix_row,
+            [*places, *[len(rows.finished)] * (group - few)],
+        )
         number, edit, prefix_row, places_ = (
             sharding.place(np.array(x, np.int32), self.mesh, "batch") for x in per_prompt
         )

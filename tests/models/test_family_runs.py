@@ -5,6 +5,7 @@ Letters: B batch row, T token, D residual width.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,8 @@ def test_greedy_replies_are_those_of_hugging_face(name: str, checkpoint: Checkpo
     model, hf = jr.load_model(str(path)), tiny.hf_model(path)
     prompts = sharing(model, 4, (11, 9, 13))
     prompts = Prompts(prompts.ids, prompts.prefix, positions=1)
-    ours = generate(model, prompts, nothing(model), stop_ids=(), max_new_tokens=12)
+    options: Any = {"stop_ids": (), "max_new_tokens": 12, "batch_size": 2}
+    ours = generate(model, prompts, nothing(model), **options)  # the last one in a used row
     for ids, reply in zip(prompts.ids, ours, strict=True):
         with torch.no_grad():
             whole = hf.generate(

@@ -160,7 +160,8 @@ def test_packed_rows(model: Transformer, oracle: Oracle) -> None:
 def test_replies(model: Transformer, oracle: Oracle) -> None:
     """Greedy, past the trained length: the prompt's base is kept, queries still grow."""
     prompts = Prompts(rows((5, 8, 9, 16, 17, 33), shared=3), prefix=3)
-    found = generate(model, prompts, nothing(model), stop_ids=(), max_new_tokens=15)
+    options: Any = {"stop_ids": (), "max_new_tokens": 15, "batch_size": 2}
+    found = generate(model, prompts, nothing(model), **options)
     for prompt, reply in zip(prompts.ids, found, strict=True):
         logits = oracle([*prompt, *reply[:-1]], len(prompt))[len(prompt) - 1 :]
         assert reply == logits.argmax(-1).tolist(), len(prompt)
