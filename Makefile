@@ -32,7 +32,7 @@ demo: $(DEMO_STAMP) ## the whole study of a 135M chat model on this CPU, without
 	$(PY) -m launch.run --config=configs/smollm2_135m_refuser.py --workdir=runs/demo $(ARGS)
 
 test: $(TEST_STAMP) ## the default tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 slow: $(TEST_STAMP) ## the tests that need minutes or real weights
 	$(PY) -m pytest -m slow $(ARGS)
