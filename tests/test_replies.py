@@ -28,28 +28,46 @@ TEXTS = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Prompts with the edit of each, their greedy replies, and a token that ends some of these."""
+
+    prompts: Prompts
+    edits: Intervention  # three rows
+    row_edit: list[int]
+    plain: list[list[int]]
+    stop: int
+
+    @property
+    def expected(self) -> list[list[int]]:
+        return [until(reply, self.stop) for reply in self.plain]
+
+    @property
+    def short(self) -> Prompts:
+        """Without the last one, which does not fit the slots of the others."""
+        return dataclasses.replace(self.prompts, ids=self.prompts.ids[:-1])
+
+
 @pytest.fixture(scope="module")
-def edits(model: Transformer) -> Intervention:
+def case(model: Transformer, chat: Chat) -> Case:
     direction, L = np.random.default_rng(0).normal(size=model.arch.width), model.arch.layers
-    return jr.rows(
+    edits = jr.rows(
         jr.identity(L, model.arch.width),
         jr.ablate(direction, L),
         jr.add(direction, L, layer=1, coefficient=4.0),
     )
+    prompts, row_edit = Prompts.encoded(chat, TEXTS), [i % 3 for i in range(len(TEXTS))]
+    plain = whole_passes(model, prompts, edits, row_edit)
+
+    def lengths(token: int) -> int:
+        return len({len(until(reply, token)) for reply in plain})
+
+    stop = max({token for reply in plain for token in reply}, key=lengths)
+    assert lengths(stop) >= 4
+    return Case(prompts, edits, row_edit, plain, stop)
 
 
-@pytest.fixture(scope="module")
-def prompts(chat: Chat) -> Prompts:
-    return Prompts.encoded(chat, TEXTS)
-
-
-@pytest.fixture(scope="module")
-def row_edit() -> list[int]:
-    return [i % 3 for i in range(len(TEXTS))]
-
-
-@pytest.fixture(scope="module")
-def plain(
+def whole_passes(
     model: Transformer, prompts: Prompts, edits: Intervention, row_edit: list[int]
 ) -> list[list[int]]:
     """Greedy replies by whole forward passes: no cache, no batch, no prefix."""
@@ -65,92 +83,61 @@ def plain(
     return replies
 
 
-@pytest.fixture(scope="module")
-def stop(plain: list[list[int]]) -> int:
-    """A token that ends some replies early, some later and some never."""
-
-    def lengths(token: int) -> int:
-        return len({len(until(reply, token)) for reply in plain})
-
-    best = max({token for reply in plain for token in reply}, key=lengths)
-    assert lengths(best) >= 4
-    return best
-
-
 def until(reply: list[int], stop: int) -> list[int]:
     return reply[: reply.index(stop)] if stop in reply else reply
 
 
 @pytest.mark.parametrize(("batch_size", "scan"), [(4, False), (8, True), (64, False)])
 def test_rows_take_in_the_prompts_that_wait(
-    batch_size: int,
-    scan: bool,
-    model: Transformer,
-    prompts: Prompts,
-    edits: Intervention,
-    row_edit: list[int],
-    plain: list[list[int]],
-    stop: int,
-    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int, scan: bool, model: Transformer, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer after layer, and by a scan as accelerators step."""
     if scan:
         monkeypatch.setattr(generation, "_unrolled", lambda model: None)
     found = generate(
         model,
-        prompts,
-        edits,
-        row_edit=row_edit,
-        stop_ids=(stop,),
+        case.prompts,
+        case.edits,
+        row_edit=case.row_edit,
+        stop_ids=(case.stop,),
         max_new_tokens=NEW_TOKENS,
         batch_size=batch_size,
     )
-    assert found == [until(reply, stop) for reply in plain]
+    assert found == case.expected
 
 
-def test_an_edit_for_every_prompt(
-    model: Transformer,
-    prompts: Prompts,
-    edits: Intervention,
-    row_edit: list[int],
-    plain: list[list[int]],
-) -> None:
+def test_an_edit_for_every_prompt(model: Transformer, case: Case) -> None:
     """More edits than rows: the prefix is run with each group's own."""
-    each = iv.take(edits, np.array(row_edit))
+    each = iv.take(case.edits, np.array(case.row_edit))
     options: Any = {"stop_ids": (), "max_new_tokens": 3, "batch_size": 4}
-    assert generate(model, prompts, each, **options) == [reply[:3] for reply in plain]
+    assert generate(model, case.prompts, each, **options) == [reply[:3] for reply in case.plain]
     # What is donated is the job's own: the caller's arrays can be used again.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, each)))
 
 
-def test_a_guest_leaves_nothing_behind(
-    model: Transformer, prompts: Prompts, plain: list[list[int]]
-) -> None:
+def test_a_guest_leaves_nothing_behind(model: Transformer, case: Case) -> None:
     """Were it NaN: rows of an edit that breaks the stream, and others after them."""
     L, width = model.arch.layers, model.arch.width
     sound, broken = jr.identity(L, width), jr.add(np.ones(width), L, layer=0, coefficient=jnp.nan)
     row_edit = [int(i % 3 != 0) for i in range(13)]  # every third one is sound, as in `plain`
-    short = dataclasses.replace(prompts, ids=prompts.ids[:13])
     options: Any = {"stop_ids": (), "max_new_tokens": NEW_TOKENS, "batch_size": 2}
-    found = generate(model, short, jr.rows(sound, broken), row_edit=row_edit, **options)
-    assert found[::3] == plain[:13:3]
+    found = generate(model, case.short, jr.rows(sound, broken), row_edit=row_edit, **options)
+    assert found[::3] == case.plain[:13:3]
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_the_shortest_replies(
-    limit: int, model: Transformer, prompts: Prompts, plain: list[list[int]]
-) -> None:
+def test_the_shortest_replies(limit: int, model: Transformer, case: Case) -> None:
     edit = jr.identity(model.arch.layers, model.arch.width)
     options: Any = {"stop_ids": (), "batch_size": 2}
-    short = dataclasses.replace(prompts, ids=prompts.ids[:13:3])
+    short = dataclasses.replace(case.prompts, ids=case.prompts.ids[:13:3])
     found = generate(model, short, edit, max_new_tokens=limit, **options)
-    assert found == [reply[:limit] for reply in plain[:13:3]]
+    assert found == [reply[:limit] for reply in case.plain[:13:3]]
     with pytest.raises(ValueError, match="max_new_tokens=0; a reply has at least 1"):
         generate(model, short, edit, max_new_tokens=0, **options)
 
 
-def test_prompts_of_one_number_share_their_noise(model: Transformer, prompts: Prompts) -> None:
-    twice = dataclasses.replace(prompts, ids=prompts.ids[:4] * 2)
+def test_prompts_of_one_number_share_their_noise(model: Transformer, case: Case) -> None:
+    twice = dataclasses.replace(case.prompts, ids=case.prompts.ids[:4] * 2)
     edit = jr.identity(model.arch.layers, model.arch.width)
     options: Any = {"stop_ids": (), "max_new_tokens": 8, "temperature": 1.0, "batch_size": 4}
     own = generate(model, twice, edit, **options)
@@ -160,16 +147,9 @@ def test_prompts_of_one_number_share_their_noise(model: Transformer, prompts: Pr
 
 
 def test_no_row_waits_for_the_longest_reply(
-    model: Transformer,
-    prompts: Prompts,
-    edits: Intervention,
-    row_edit: list[int],
-    plain: list[list[int]],
-    stop: int,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Transformer, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps taken, against the tokens that were needed and what whole batches would have taken."""
-    short = dataclasses.replace(prompts, ids=prompts.ids[:-1])
     steps, real = [0], decode.advance
 
     def advance(*args: Any) -> Any:
@@ -178,55 +158,47 @@ def test_no_row_waits_for_the_longest_reply(
         return rows
 
     monkeypatch.setattr(decode, "advance", advance)
-    options: Any = {"stop_ids": (stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 2}
-    generate(model, short, edits, row_edit=row_edit[:-1], **options)
-    lengths = [len(until(reply, stop)) for reply in plain[:-1]]
+    options: Any = {"stop_ids": (case.stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 2}
+    generate(model, case.short, case.edits, row_edit=case.row_edit[:-1], **options)
+    lengths = [len(reply) for reply in case.expected[:-1]]
     needed = sum(min(length, NEW_TOKENS - 1) for length in lengths)
     by_batches = sum(max(lengths[i : i + 2]) for i in range(0, len(lengths), 2))
     assert needed / 2 <= steps[0] < needed / 2 + NEW_TOKENS
     assert steps[0] < by_batches
 
 
-def test_on_a_mesh(
-    checkpoint: Callable[..., Path],
-    prompts: Prompts,
-    edits: Intervention,
-    row_edit: list[int],
-    plain: list[list[int]],
-    stop: int,
-) -> None:
+def test_on_a_mesh(checkpoint: Callable[..., Path], case: Case) -> None:
     """Four edits, so that their prefixes lie apart too; admitted two at a time."""
     sharded = jr.load_model(str(checkpoint()), mesh=jr.make_mesh(2, 2))
-    options: Any = {"stop_ids": (stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 8}
-    short = dataclasses.replace(prompts, ids=prompts.ids[:-1])
+    options: Any = {"stop_ids": (case.stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 8}
     compiled = decode.advance._cache_size()
-    four = jr.rows(edits, jr.identity(sharded.arch.layers, sharded.arch.width))
-    which = [3 if i % 6 == 0 else edit for i, edit in enumerate(row_edit[:-1])]
-    found = generate(sharded, short, four, row_edit=which, **options)
-    assert found == [until(reply, stop) for reply in plain[:-1]]
+    four = jr.rows(case.edits, jr.identity(sharded.arch.layers, sharded.arch.width))
+    which = [3 if i % 6 == 0 else edit for i, edit in enumerate(case.row_edit[:-1])]
+    found = generate(sharded, case.short, four, row_edit=which, **options)
+    assert found == case.expected[:-1]
     assert decode.advance._cache_size() == compiled + 1
 
 
-def test_programs_serve_every_batch(
-    model: Transformer, prompts: Prompts, edits: Intervention, row_edit: list[int]
-) -> None:
+def test_programs_serve_every_batch(model: Transformer, case: Case) -> None:
     """Another number of prompts, other edits, another limit below the same room: nothing new."""
-    some = dataclasses.replace(prompts, ids=prompts.ids[:12])
+    some = dataclasses.replace(case.prompts, ids=case.prompts.ids[:12])
     options: Any = {"stop_ids": (3,), "batch_size": 4}
-    generate(model, some, edits, row_edit=row_edit[:12], max_new_tokens=NEW_TOKENS, **options)
+    generate(
+        model, some, case.edits, row_edit=case.row_edit[:12], max_new_tokens=NEW_TOKENS, **options
+    )
     compiled = [f._cache_size() for f in (decode.empty, decode.admit, decode.advance)]
-    other = dataclasses.replace(prompts, ids=prompts.ids[:8])
-    generate(model, other, edits, row_edit=[2] * 8, max_new_tokens=NEW_TOKENS - 3, **options)
+    other = dataclasses.replace(case.prompts, ids=case.prompts.ids[:8])
+    generate(model, other, case.edits, row_edit=[2] * 8, max_new_tokens=NEW_TOKENS - 3, **options)
     assert [f._cache_size() for f in (decode.empty, decode.admit, decode.advance)] == compiled
 
 
-def test_which_edit_is_whose(model: Transformer, prompts: Prompts, edits: Intervention) -> None:
+def test_which_edit_is_whose(model: Transformer, case: Case) -> None:
     options: Any = {"stop_ids": (), "max_new_tokens": 2}
     with pytest.raises(ValueError, match=r"3 rows for 14 prompts.*row_edit"):
-        generate(model, prompts, edits, **options)
+        generate(model, case.prompts, case.edits, **options)
     for wrong in ([0] * 13, [0] * 13 + [3], [-1] + [0] * 13):
         with pytest.raises(ValueError, match=r"edit's rows 0\.\.2 for each of 14 prompts"):
-            generate(model, prompts, edits, row_edit=wrong, **options)
+            generate(model, case.prompts, case.edits, row_edit=wrong, **options)
 
 
 def test_pools_are_of_about_one_length() -> None:

@@ -69,7 +69,7 @@ class Rules:
 class Rows:
     """Replies under way. A row that is finished keeps its reply until the next guest comes."""
 
-    number: jax.Array  # [B] the prompt's number in its job
+    number: jax.Array  # [B] the prompt's, which its noise depends on
     edit: jax.Array  # [B] which of the job's edits
     prompt: jax.Array  # [B] tokens of the prompt
     token: jax.Array  # [B] the last new token
@@ -101,7 +101,7 @@ def empty(model: Transformer, *, rows: int, slots: int, room: int, unrolled: boo
     free = Rows(
         number=none(),
         edit=none(),
-        prompt=none() + 1,  # of a free row too, the position of a token is one
+        prompt=none() + 1,  # so that the position of a free row's token is one too: 0
         token=none(),
         count=none(),
         finished=jnp.ones(rows, bool),
