@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jax_refusal import interventions as iv
+from jax_refusal.config import BATCH_TOKENS
 from jax_refusal.data.chat import Chat
 from jax_refusal.interventions import Edit, Intervention
 from jax_refusal.models.cache import Tokens
@@ -50,7 +51,7 @@ def mean_activations(
     instructions: Sequence[str],
     *,
     edit: Intervention | None = None,  # one row
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:  # [P, L, D] float64
     """Mean residual stream entering each block, at each post-instruction token (paper eq. 1)."""
     prompts = Prompts.encoded(chat, instructions, model.arch)
@@ -73,7 +74,7 @@ def select(
     prune_layers: float = 0.2,
     full_grid: bool = False,
     fallback: str = "error",
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> selection.Selection:
     """The paper's choice among all candidates: `.position .layer .direction .table`.
 

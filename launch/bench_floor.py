@@ -34,18 +34,31 @@ def tokens(prompts: Prompts) -> int:
     return sum(map(len, prompts.ids)) - (len(prompts.ids) - 1) * prompts.prefix
 
 
+def collect_flops(arch: Architecture, tokens: int) -> float:
+    """What enters the last layer needs all layers before it."""
+    return 2.0 * block_weights(arch) * (arch.layers - 1) / arch.layers * tokens
+
+
+def score_flops(arch: Architecture, prompts: Prompts, start: int = 0) -> float:
+    """Logits at the last token of every prompt, from layer `start` on: the last layer needs keys
+    and values of all tokens, and the rest of it at these."""
+    layer = block_weights(arch) / arch.layers
+    keys = 2 * arch.width * arch.head_width * arch.kv_heads
+    each = layer * (arch.layers - 1 - start) + keys
+    return 2.0 * (each * tokens(prompts) + (layer - keys + head_weights(arch)) * len(prompts.ids))
+
+
 def select_flops(
     arch: Architecture, table: list[selection.Candidate], harmful: Prompts, harmless: Prompts
 ) -> float:
     """What the scores in a table need; an addition at layer l needs the layers from l on."""
-    blocks, head = 2 * block_weights(arch), 2 * head_weights(arch)
-    flops = 2.0 * (blocks * tokens(harmless) + head * len(harmless.ids))  # unedited: KL, induce
+    flops = score_flops(arch, harmless)  # unedited: KL, induce
     for c in table:
-        for score, prompts, share in (
-            (c.kl_div_score, harmless, 1.0),
-            (c.refusal_score, harmful, 1.0),
-            (c.steering_score, harmless, 1 - c.layer / arch.layers),
+        for score, prompts, start in (
+            (c.kl_div_score, harmless, 0),
+            (c.refusal_score, harmful, 0),
+            (c.steering_score, harmless, c.layer),
         ):
             if score is not None:
-                flops += share * blocks * tokens(prompts) + head * len(prompts.ids)
+                flops += score_flops(arch, prompts, start)
     return flops

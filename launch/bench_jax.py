@@ -33,6 +33,7 @@ from jax_refusal.study.sweep import Sweep
 from launch.bench_floor import (
     block_weights,
     cache_bytes,
+    collect_flops,
     head_weights,
     select_flops,
     tokens,
@@ -87,11 +88,13 @@ def _means(model: Any, kinds: list[Prompts]) -> list[np.ndarray]:  # harmful, ha
 def collect(task: Task) -> dict[str, Any]:
     model, train, _, rate = _load(task)
     found = timed(lambda: _means(model, train), task["sizes"]["repeats"])
-    flops = 2 * block_weights(model.arch)
     return found | {
         "result": [means.tolist() for means in found["result"]],
-        "floor": flops * sum(map(tokens, train)) / rate,
-        "floor_without_shared_prefix": flops * sum(len(i) for p in train for i in p.ids) / rate,
+        "floor": collect_flops(model.arch, sum(map(tokens, train))) / rate,
+        "floor_without_shared_prefix": collect_flops(
+            model.arch, sum(len(i) for p in train for i in p.ids)
+        )
+        / rate,
     }
 
 

@@ -1,7 +1,7 @@
 """Layers of several shapes in one scan (Gemma 4): local and global ones, shared keys and values.
 
-Letters: B batch row, T token, C context slot, D residual width, H query heads, G key/value heads,
-K head width, F MLP width, L layers.
+Letters: B batch row, T token, Q token that is asked for, C context slot, D residual width, H query
+heads, G key/value heads, K head width, F MLP width, L layers.
 
 Layers with a sliding window (local) and without (global) have heads of other widths and numbers.
 The last layers may attend to the keys and values of an earlier layer of their kind, and then have
@@ -144,10 +144,12 @@ def attention(
     angles: tuple[Angles, Angles],  # local, global
     remember: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    asked: Callable[[jax.Array], jax.Array],
     x: jax.Array,  # [B, T, D], normed
-) -> jax.Array:  # [B, T, D]
+) -> jax.Array:  # [B, Q, D]
     """remember: puts keys and values of the tokens into the cache, returns those of the context;
-    look: what queries [B, T, H, K] find in keys [B, G, K, C] and values [B, G, C, K]."""
+    look: what queries [B, Q, H, K] find in keys [B, G, K, C] and values [B, G, C, K]; asked: the
+    tokens that have queries."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         return layers.rms_norm(x, scale, arch.norm_epsilon, arch.norm)
@@ -174,7 +176,8 @@ def attention(
             weight = _weights(arch, stacks, index, KINDS[kind])
             q = norm(layers.einsum("btd,dhk->bthk", x, weight("q")), weight("q_norm"))
             heads = (arch.kv_heads, arch.global_kv_heads)[kind]
-            found = look(layers.rotate(q, angles[kind]), *_unpacked(k, v, heads, q.shape[-1]))
+            turned = layers.rotate(q, jax.tree.map(asked, angles[kind]))
+            found = look(turned, *_unpacked(k, v, heads, q.shape[-1]))
             return layers.einsum("bthk,hkd->btd", found, weight("o"))
 
         return run
@@ -189,7 +192,7 @@ def attention(
             which = (*kinds[:own], *[2] * (arch.layers - own))
         k, v = choose(by_layer(which, index), projections, x)
         k, v = remember(k, v)
-        return choose(by_layer(kinds, index), [answer(0), answer(1)], x, k, v)
+        return choose(by_layer(kinds, index), [answer(0), answer(1)], asked(x), k, v)
 
 
 def _packed(arch: Architecture, x: jax.Array) -> jax.Array:

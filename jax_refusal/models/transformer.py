@@ -27,9 +27,15 @@ from jax_refusal.sharding import constrain
 class Output:
     """What a pass over the blocks leaves behind."""
 
-    x: jax.Array  # [B, T, D] the residual stream after the last layer, not yet normed
+    # [B, T, D] the residual stream after the last layer, not yet normed; [B, Q, D] where asked
+    x: jax.Array
     kept: dict[str, jax.Array]  # site -> [L, B, P, D], what arrived there before its edit
     cache: Cache | None
+
+
+def at_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+    """x [B, T, ...] at slots [B, Q] -> [B, Q, ...]."""
+    return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), 1)
 
 
 class Transformer(nnx.Module):
@@ -124,6 +130,7 @@ class Transformer(nnx.Module):
         *,
         keep: jax.Array | None = None,  # [B, P] slots in the row whose activations are returned
         sites: tuple[str, ...] = ("resid_pre",),
+        asked: jax.Array | None = None,  # [B, Q] slots whose stream is returned; None is all
         prefix: Cache | None = None,  # read only: N tokens in front of every row
         cache: Cache | None = None,  # read and written: the tokens before, and these
         span: tuple[jax.Array, jax.Array] | None = None,  # first layer to run, first not to run
@@ -134,10 +141,13 @@ class Transformer(nnx.Module):
         Every path goes through here: collection, packed scoring, prefill, decode, training.
         `span` starts at a saved stream or stops early; the layers outside it leave stream and cache
         as they are, and keep nothing; so it has to start at `arch.first_needed(layer)` for all
-        that runs to find the keys that it reads.
+        that runs to find the keys that it reads. With `asked` the last layer always runs, and has
+        queries and an MLP for those tokens alone.
         """
         if keep is not None and (span is not None or blocks is not None):
             raise ValueError("keep cannot be combined with span or blocks.")
+        if asked is not None and (blocks is not None or set(sites) != {"resid_pre"}):
+            raise ValueError("asked cannot be combined with blocks or with sites inside a layer.")
         arch = self.arch
         by_length = any(rope.kind == "prompt_ntk" for rope in arch.ropes)
         angles = self.angles(tokens.positions, lengths(tokens) if by_length else None)
@@ -154,7 +164,7 @@ class Transformer(nnx.Module):
         if memory is None and arch.kv_of_layer:  # later layers read what earlier ones remember
             memory = empty(arch, x.shape[0], x.shape[1], x.dtype)
 
-        def layer(carry, scanned):
+        def layer(carry, scanned, asked=lambda x: x):
             x, k_cache, v_cache = carry
             index, block, window, rope, edit_layer, prefix_kv, own_input = scanned
             source, shared, kept = index, False, {}
@@ -165,7 +175,7 @@ class Transformer(nnx.Module):
 
             def at(site, x):
                 if keep is not None and site in sites:
-                    kept[site] = jnp.take_along_axis(x, keep[..., None], 1)
+                    kept[site] = at_slots(x, keep)
                 own = edit_layer
                 if site == "per_layer_out":
                     site, own = "mlp_out", edit.removal(edit_layer)
@@ -183,22 +193,22 @@ class Transformer(nnx.Module):
 
             def look(q, k, v):
                 if growth is not None:
-                    q = q * growth.astype(q.dtype)
+                    q = q * asked(growth).astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
                 sinks = block.sinks[...] if arch.sinks else None
                 return layers.dot_product_attention(
-                    q, k, v, near, arch.score_scale, arch.score_cap, sinks
+                    q, k, v, asked(near), arch.score_scale, arch.score_cap, sinks
                 )
 
             if arch.global_head_width:
                 where = (arch, self.stacks if blocks is None else block.stacks, index)
-                attention = partial(kinds.attention, *where, angles, remember, look)
+                attention = partial(kinds.attention, *where, angles, remember, look, asked)
             else:
                 own = jax.tree.map(lambda a: a[0 if rope is None else rope], angles)
                 attend = lambda q, k, v: look(q, *remember(k, v))  # noqa: E731
-                attention = partial(block.attention, angles=own, attend=attend)
+                attention = partial(block.attention, angles=own, attend=attend, asked=asked)
             mlp = partial(kinds.mlp, *where) if arch.wide_mlp else block.mlp
-            x = block(x, at, attention, mlp, own_input)
+            x = block(x, at, attention, mlp, own_input, asked)
             return (x, k_cache, v_cache), kept
 
         def layer_in_span(carry, scanned):
@@ -226,14 +236,28 @@ class Transformer(nnx.Module):
         )
         carry = (x, None, None) if memory is None else (x, memory.k, memory.v)
         body = layer if span is None else layer_in_span
-        if blocks is None:
-            scanned = (jnp.arange(arch.layers), self.blocks, *scanned)
-            (x, k_cache, v_cache), kept = jax.lax.scan(body, carry, scanned)
-        else:
+        if blocks is not None:
             for index, block in enumerate(blocks):
                 own = jax.tree.map(lambda a, i=index: a[i], scanned)
                 carry, _ = body(carry, (index, block, *own))
-            (x, k_cache, v_cache), kept = carry, {}
+            kept = {}
+        elif asked is None:
+            carry, kept = jax.lax.scan(
+                body, carry, (jnp.arange(arch.layers), self.blocks, *scanned)
+            )
+        else:
+            stacks, last = (self.blocks, *scanned), arch.layers - 1
+
+            def numbered(index):  # a slice of all layers but one would be a copy of the weights
+                return index, *jax.tree.map(lambda a: a[index], stacks)
+
+            def step(carry, index):
+                return body(carry, numbered(index))
+
+            carry, kept = jax.lax.scan(step, carry, jnp.arange(last))
+            carry, own = layer(carry, numbered(last), partial(at_slots, slots=asked))
+            kept = {site: jnp.concatenate([kept[site], own[site][None]]) for site in kept}
+        x, k_cache, v_cache = carry
         if cache is not None:
             cache = dataclasses.replace(cache, k=k_cache, v=v_cache)
         return Output(x, kept, cache)

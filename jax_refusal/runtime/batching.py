@@ -14,9 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
+from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.data.chat import Chat, ChatError, common_prefix
 from jax_refusal.models.cache import PADDING, SHARED, Tokens
 from jax_refusal.models.families import Architecture
+
+ROW_STEP = 4  # tokens between two row lengths that are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +93,20 @@ def prefix_tokens(prompts: Prompts, rows: int) -> Tokens:
 
 
 def pack(
-    prompts: Prompts, *, row_tokens: int = 64, batch_tokens: int = 4096, multiple: int = 1
+    prompts: Prompts,
+    *,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    multiple: int = 1,
 ) -> list[Packed]:
     """Packs prompts (without their shared prefix) into rows of one length, batches of one shape.
 
-    row_tokens: length of a row, more if a prompt is longer. batch_tokens: tokens in a batch.
-    multiple: the number of rows is a multiple of this (the mesh's data axis).
+    row_tokens: most tokens of a row, unless a prompt is longer.
+    multiple: parts of the mesh's data axis; each gets as many rows, of batch_tokens at most.
     """
     parts = [ids[prompts.prefix :] for ids in prompts.ids]
     bins, length = fit_rows([len(part) for part in parts], row_tokens)
-    per_batch = max(multiple, batch_tokens // length // multiple * multiple)
+    per_batch = max(1, batch_tokens // length) * multiple
     per_batch = min(per_batch, -(-len(bins) // multiple) * multiple)
     # Batches of one shape, the last as full as the others.
     count = -(-len(bins) // per_batch)
@@ -168,28 +175,28 @@ def host_tokens(ids: Any, positions: Any, segments: Any) -> Tokens:
     return Tokens(ids=ids, positions=positions, segments=segments)
 
 
-def fit_rows(lengths: list[int], row_tokens: int) -> tuple[list[list[int]], int]:
-    """Which items share a row, and the row length: tokens spread evenly over the rows needed."""
-    total, longest, step = sum(lengths), max(lengths), 16
-    rows = -(-total // row_tokens)
-    length = -(-max(longest, total // rows) // step) * step
-    while True:  # a row of all tokens always suffices
-        bins = _first_fit(lengths, length)
-        if len(bins) <= rows or length >= max(longest, row_tokens):
-            return bins, length
-        length += step
+def fit_rows(lengths: Sequence[int], row_tokens: int) -> tuple[list[list[int]], int]:
+    """Which items share a row, and the row length: the one of up to row_tokens (or the longest
+    item) at which rows have the fewest slots in all, the shorter one of two."""
+    longest = max(lengths)
+    found = (
+        (_best_fit(lengths, length), length)
+        for length in range(longest, max(longest, row_tokens) + 1, ROW_STEP)
+    )
+    return min(found, key=lambda fit: (len(fit[0]) * fit[1], fit[1]))
 
 
-def _first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: item indices of each bin."""
+def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: item indices of each bin."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # which bins have how much left
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        target = next((b for b, left in enumerate(room) if left >= lengths[item]), None)
-        if target is None:
-            target = len(bins)
+        length = lengths[item]
+        room = next((left for left in range(length, capacity) if with_room[left]), capacity)
+        if room == capacity:
+            with_room[capacity].append(len(bins))
             bins.append([])
-            room.append(capacity)
-        bins[target].append(item)
-        room[target] -= lengths[item]
+        bin = with_room[room].pop()
+        bins[bin].append(item)
+        with_room[room - length].append(bin)
     return bins

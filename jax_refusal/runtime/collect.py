@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
+from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.interventions import Edit
 from jax_refusal.models import cache
 from jax_refusal.models.cache import Cache, Tokens
@@ -27,12 +28,17 @@ def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
     return items
 
 
+def nowhere(rows: int) -> jax.Array:
+    """What is `asked` of a pass that is run for its keys and values, or what it keeps."""
+    return jnp.zeros((rows, 0), jnp.int32)
+
+
 @jax.jit
 def prefix_cache(model: Transformer, tokens: Tokens, edit: Edit) -> Cache:
     """Keys and values of the shared prefix, one row for each edit; tokens [R, N]."""
     rows, slots = tokens.ids.shape
     room = cache.empty(model.arch, rows, slots, model.dtype)
-    filled = model(tokens, edit, cache=room).cache
+    filled = model(tokens, edit, cache=room, asked=nowhere(rows)).cache
     assert filled is not None
     return filled
 
@@ -49,14 +55,9 @@ def mesh_of(model: Transformer) -> jax.sharding.Mesh:
     return model.embed[...].sharding.mesh
 
 
-def at_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
-    """x [B, T, D] at slots [B, X] -> [B, X, D]."""
-    return jnp.take_along_axis(x, slots[..., None], 1)
-
-
 @jax.jit
 def _last_logits(model, tokens, edit, prefix, last):  # -> [B, X, V]
-    return model.unembed(at_slots(model(tokens, edit, prefix=prefix).x, last))
+    return model.unembed(model(tokens, edit, prefix=prefix, asked=last).x)
 
 
 def last_logits(
@@ -64,8 +65,8 @@ def last_logits(
     prompts: Prompts,
     edit: Edit,  # one row
     *,
-    row_tokens: int = 64,
-    batch_tokens: int = 4096,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:  # [N prompts, V] float32, in the order of the prompts
     """Logits at every prompt's last token under one edit."""
     mesh = mesh_of(model)
@@ -95,10 +96,11 @@ def _wide(prefix: Cache | None, batch: Packed) -> Cache | None:
 def _mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, sign):
     """Sum over prompts of the kept activations [P, L, D], how many, and each prompt's score."""
     B, X, P = slots.shape
-    out = model(tokens, edit, prefix=prefix, keep=slots.reshape(B, X * P))
+    asked = nowhere(B) if score is None else slots[..., -1]
+    out = model(tokens, edit, prefix=prefix, keep=slots.reshape(B, X * P), asked=asked)
     scores = None
     if score is not None:
-        scores = score(model.unembed(at_slots(out.x, slots[..., -1])), score_params)
+        scores = score(model.unembed(out.x), score_params)
         if sign:
             valid &= sign * scores > 0
     kept = out.kept["resid_pre"]
@@ -118,8 +120,8 @@ def mean_activations(
     score: Callable[[jax.Array, Any], jax.Array] | None = None,
     score_params: Any = None,
     sign: int = 0,
-    row_tokens: int = 64,
-    batch_tokens: int = 4096,
+    row_tokens: int = ROW_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
     title: str = "collect",
 ) -> tuple[np.ndarray, np.ndarray | None]:

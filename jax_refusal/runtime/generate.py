@@ -22,9 +22,9 @@ from jax_refusal.runtime.decode import Rules, Sampling
 # Once for all batches of a job: single layers are a copy of the weights.
 _unrolled = jax.jit(Transformer.unrolled)
 
-# A full batch admits a quarter of its rows at a time: prompts run well together, and on average an
-# eighth of the rows waits.
-ADMISSIONS = 4
+# A full batch admits a quarter of its rows at a time: prompts run well together, on average an
+# eighth of the rows waits, and no second cache of all rows is held. Few rows come at once.
+ADMISSIONS, FEW = 4, 32
 
 
 class ContextError(ValueError):
@@ -135,12 +135,13 @@ class _Job:
     def _sizes(self, prompts: int) -> tuple[int, int]:
         """Rows of the batch, and how many prompts it admits at once."""
         data, batches = self.mesh.shape["data"], -(-prompts // self.batch_size)
+        # As full as if the prompts were shared out over whole batches.
+        size = -(-prompts // batches)
         if batches == 1:
             size = min(self.batch_size, bucket(prompts, least=1))
-            size = -(-size // data) * data
+        size = -(-size // data) * data
+        if batches == 1 and size <= FEW * data:
             return size, size
-        # As full as if the prompts were shared out over whole batches.
-        size = -(-prompts // batches // data) * data
         return size, -(-size // ADMISSIONS // data) * data
 
     def _pool(self, members: np.ndarray, prefix: Cache | None) -> Iterator[tuple[int, list[int]]]:

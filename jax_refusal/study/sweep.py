@@ -15,11 +15,12 @@ import numpy as np
 
 from jax_refusal import interventions as iv
 from jax_refusal import sharding
+from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
-from jax_refusal.runtime.collect import Progress, at_slots, mesh_of, silent
+from jax_refusal.runtime.collect import Progress, mesh_of, nowhere, silent
 from jax_refusal.study.scores import (
     check_token_ids,
     kl_divergence,
@@ -63,8 +64,9 @@ def _run(
     edit: iv.Intervention,  # [C] rows
     candidates: int,
     span: tuple[jax.Array, jax.Array] | None = None,
+    asked: jax.Array | None = None,  # [C * M, X]
 ) -> Streams:
-    """Prefix first, then the packed rows behind it."""
+    """Prefix first, then the packed rows behind it; where asked, x is [C * M, X, D]."""
     M = rows.tokens.ids.shape[0]
     one = edit.unit.shape[0] == 1
     prefix_x, prefix = None, None
@@ -72,12 +74,27 @@ def _run(
         assert streams.prefix is not None
         prefix = caches.empty(model.arch, candidates, rows.prefix.ids.shape[1], model.dtype)
         tokens = _tiled(rows.prefix, candidates)
-        out = model.stream(streams.prefix, tokens, edit, cache=prefix, span=span)
+        none = None if asked is None else nowhere(candidates)
+        out = model.stream(streams.prefix, tokens, edit, cache=prefix, span=span, asked=none)
         assert out.cache is not None
         prefix_x, prefix = out.x, out.cache.repeat(M)
     wide = edit if one else iv.repeat(edit, M)
     tokens = _tiled(rows.tokens, candidates)
-    return Streams(model.stream(streams.x, tokens, wide, prefix=prefix, span=span).x, prefix_x)
+    out = model.stream(streams.x, tokens, wide, prefix=prefix, span=span, asked=asked)
+    return Streams(out.x, prefix_x)
+
+
+def _last_logits(
+    model: Transformer,
+    streams: Streams,
+    rows: Rows,
+    edit: iv.Intervention,
+    candidates: int,
+    span: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:  # [C * M, X, V]
+    """Of what `_run` runs, at every prompt's last token."""
+    asked = _tiled(rows.last, candidates)
+    return model.unembed(_run(model, streams, rows, edit, candidates, span, asked).x)
 
 
 def _nothing(model: Transformer) -> iv.Intervention:
@@ -97,8 +114,7 @@ def _next_layer(model: Transformer, streams: Streams, rows: Rows, layer: jax.Arr
 
 @jax.jit
 def _base_logits(model: Transformer, rows: Rows) -> jax.Array:  # [M, X, V]
-    out = _run(model, _embedded(model, rows), rows, _nothing(model), 1)
-    return model.unembed(at_slots(out.x, rows.last))
+    return _last_logits(model, _embedded(model, rows), rows, _nothing(model), 1)
 
 
 def _ablated(model: Transformer, rows: Rows, units: jax.Array) -> jax.Array:
@@ -107,8 +123,8 @@ def _ablated(model: Transformer, rows: Rows, units: jax.Array) -> jax.Array:
     gates = jnp.ones((model.arch.layers, len(iv.SITES), C))
     none = jnp.zeros_like
     edit = iv.Intervention(unit=units, vector=none(units), remove=gates, add=none(gates))
-    x = _run(model, _tiled(_embedded(model, rows), C), rows, edit, C).x
-    return model.unembed(at_slots(x, _tiled(rows.last, C))).reshape(C, M, X, -1)
+    logits = _last_logits(model, _tiled(_embedded(model, rows), C), rows, edit, C)
+    return logits.reshape(C, M, X, -1)
 
 
 @jax.jit
@@ -152,9 +168,10 @@ def _induce(
     if streams.prefix is not None:
         prefix = (streams.prefix.astype(jnp.float32) + vectors[:, None]).astype(dtype)
     span = (layer, jnp.int32(model.arch.layers))
-    out = _run(model, Streams(x.astype(dtype), prefix), rows, _nothing(model), C, span)
-    scores = refusal_score(model.unembed(at_slots(out.x, _tiled(rows.last, C))), token_ids)
-    return jnp.where(rows.valid, scores.reshape(C, M, X), 0).sum((1, 2))
+    started = Streams(x.astype(dtype), prefix)
+    logits = _last_logits(model, started, rows, _nothing(model), C, span)
+    scores = refusal_score(logits, token_ids).reshape(C, M, X)
+    return jnp.where(rows.valid, scores, 0).sum((1, 2))
 
 
 @jax.jit
@@ -175,9 +192,9 @@ def _induce_later(
     gates = jnp.broadcast_to(here[..., None], shape).astype(jnp.float32)
     edit = iv.Intervention(unit=none, vector=vectors, remove=jnp.zeros(shape), add=gates)
     span = (start, jnp.int32(model.arch.layers))
-    out = _run(model, _tiled(streams, C), rows, edit, C, span)
-    scores = refusal_score(model.unembed(at_slots(out.x, _tiled(rows.last, C))), token_ids)
-    return jnp.where(rows.valid, scores.reshape(C, M, X), 0).sum((1, 2))
+    logits = _last_logits(model, _tiled(streams, C), rows, edit, C, span)
+    scores = refusal_score(logits, token_ids).reshape(C, M, X)
+    return jnp.where(rows.valid, scores, 0).sum((1, 2))
 
 
 class Sweep:
@@ -194,8 +211,8 @@ class Sweep:
         harmless: Prompts,
         token_ids: Sequence[int],
         *,
-        row_tokens: int = 64,
-        batch_tokens: int = 4096,
+        row_tokens: int = ROW_TOKENS,
+        batch_tokens: int = BATCH_TOKENS,
         progress: Progress = silent,
     ):
         check_token_ids(token_ids, model.arch.vocab)
@@ -301,7 +318,7 @@ class Sweep:
         """Cells in chunks of one size (of few sizes), the last filled up with its own last cell."""
         if not cells:
             return []
-        most = max(1, self.batch_tokens // rows.tokens.ids.size)
+        most = max(1, self.batch_tokens * self.mesh.shape["data"] // rows.tokens.ids.size)
         size = min(most, bucket(-(-len(cells) // -(-len(cells) // most)), least=1))
         chunks = [list(cells[i : i + size]) for i in range(0, len(cells), size)]
         chunks[-1] += [chunks[-1][-1]] * (size - len(chunks[-1]))

@@ -14,9 +14,9 @@ import pytest
 import jax_refusal as jr
 from jax_refusal.interventions import Intervention
 from jax_refusal.models.cache import PADDING, SHARED, Cache, Tokens, empty
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.transformer import Output, Transformer
 from jax_refusal.runtime import collect
-from jax_refusal.runtime.batching import Prompts, pack
+from jax_refusal.runtime.batching import Prompts, fit_rows, pack
 from jax_refusal.study.scores import refusal_score
 from jax_refusal.study.sweep import Sweep
 from tests.tolerances import INVARIANCE, assert_close
@@ -96,6 +96,53 @@ def test_packed_rows_equal_single_prompts(any_model: Transformer, prefix: int) -
     assert batch.prompt.shape[0] < len(prompts.ids), "nothing is packed"
     packed = collect.last_logits(any_model, prompts, edit, row_tokens=48)
     assert_close(packed, one_by_one(any_model, prompts, edit), INVARIANCE)
+
+
+@pytest.mark.parametrize("asked", [[[0, 17], [19, 3]], [[], []]], ids=["two", "none"])
+def test_only_what_is_asked(any_model: Transformer, asked: list[list[int]]) -> None:
+    """The stream of the tokens that are asked for, all that is kept, and a whole cache."""
+    slots, keep = jnp.array(asked, jnp.int32), jnp.array([[2, 18], [7, 7]])
+    ids, edit = jnp.asarray(random_ids(any_model, 2, 20)), some_edit(any_model)
+
+    @jax.jit
+    def run(model: Transformer, asked: jax.Array | None) -> Output:
+        cache = empty(model.arch, 2, 20, model.dtype)
+        return model(Tokens.padded(ids), edit, keep=keep, cache=cache, asked=asked)
+
+    some, whole = run(any_model, slots), run(any_model, None)
+    assert some.x.shape == (2, slots.shape[1], any_model.arch.width)
+    assert some.cache is not None and whole.cache is not None
+    expected = jnp.take_along_axis(whole.x, slots[..., None], 1)
+    for found, full, what in (
+        (some.x, expected, "stream"),
+        (some.kept["resid_pre"], whole.kept["resid_pre"], "kept"),
+        (some.cache.k, whole.cache.k, "keys"),
+        (some.cache.v, whole.cache.v, "values"),
+    ):
+        if found.size:
+            assert_close(found, full, INVARIANCE, what)
+    with pytest.raises(ValueError, match="asked"):
+        any_model(Tokens.padded(ids), edit, asked=slots, sites=("mlp_out",), keep=keep)
+    with pytest.raises(ValueError, match="asked"):
+        any_model(Tokens.padded(ids), edit, asked=slots, blocks=any_model.unrolled())
+
+
+def test_rows_waste_little() -> None:
+    """Every item once, no row too long, and no more slots than rows of the longest allowed take."""
+    lengths = np.random.default_rng(0).integers(12, 30, 500).tolist()
+    rows, length = fit_rows(lengths, 64)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= length <= 64
+    assert len(rows) * length < 1.08 * sum(lengths)
+    assert fit_rows([30, 30, 30], 64) == ([[0], [1], [2]], 30)
+    assert fit_rows([100, 3], 64) == ([[0], [1]], 100)
+
+
+def test_each_part_of_the_mesh_gets_its_tokens() -> None:
+    prompts = Prompts([[1] * 16 for _ in range(40)], prefix=0)
+    assert [b.prompt.shape[0] for b in pack(prompts, row_tokens=16, batch_tokens=128)] == [8] * 5
+    parts = pack(prompts, row_tokens=16, batch_tokens=128, multiple=2)
+    assert [b.prompt.shape[0] for b in parts] == [14] * 3
 
 
 @pytest.fixture(scope="module")
