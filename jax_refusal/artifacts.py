@@ -1,8 +1,8 @@
 """Files of a run: written whole or not at all, listed in one manifest with their hashes.
 
 A stage is complete when the manifest lists its files. A run that stops anywhere leaves either the
-old file or the new one, and the next run goes on after the last complete stage. A stage that is
-made again takes the later ones off the list.
+old file or the new one, and the next run goes on after the last complete stage, or with what the
+next one had made so far. A stage that is made again takes the later ones off the list.
 """
 
 import contextlib
@@ -145,6 +145,10 @@ class Workdir:
                 "make room or choose another --workdir, and run the same command again."
             ) from error
 
+    def delete(self, name: str) -> None:
+        if jax.process_index() == 0:
+            self._inside(name).unlink(missing_ok=True)
+
     def read_json(self, name: str) -> Any:
         return json.loads(self._inside(name).read_bytes())
 
@@ -188,6 +192,41 @@ class Workdir:
         """Whether a complete stage depends on an identity field."""
         stages = self.manifest["stages"]
         return self.first_use[field] in stages if field in self.first_use else bool(stages)
+
+
+class Unfinished:
+    """What a stage that takes long has made so far, for the next run should this one be stopped.
+
+    A context: written at times and in the end, whatever ends it; who has put it to use deletes it.
+    """
+
+    every = 30.0  # seconds between two times
+
+    def __init__(self, workdir: Workdir, name: str, of: Any):
+        """of: a JSON value, what the items are made of; those of anything else are dropped."""
+        self.workdir, self.name, self.of = workdir, name, content_hash(of)
+        self.items: dict[int, Any] = {}
+        self._timer = Timer()
+
+    def __enter__(self) -> "Unfinished":
+        with contextlib.suppress(FileNotFoundError):
+            there = self.workdir.read_json(self.name)
+            if there["of"] == self.of:
+                self.items = {int(number): item for number, item in there["items"].items()}
+        return self
+
+    def add(self, number: int, item: Any) -> None:
+        self.items[number] = item
+        if self._timer.seconds >= self.every:
+            self._write()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.items and not (kind and issubclass(kind, WorkdirError)):
+            self._write()
+
+    def _write(self) -> None:
+        self.workdir.write_json(self.name, {"of": self.of, "items": self.items})
+        self._timer = Timer()
 
 
 class Timer:

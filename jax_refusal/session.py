@@ -1,14 +1,16 @@
 """What the stages of one study share: its config, its files, and the model once it is needed."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
+
+import jax
 
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal import sharding
-from jax_refusal.artifacts import Workdir
+from jax_refusal.artifacts import Unfinished, Workdir
 from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
@@ -24,6 +26,7 @@ TOKENS = "refusal_tokens.json"
 CANDIDATES = "selection/candidates.jsonl"
 DIRECTION = IN_WORKDIR
 CHOICE = "selection/direction.json"
+UNFINISHED = "completions/unfinished.json"
 METRICS = "metrics.json"
 REPORT = "report.md"
 
@@ -89,6 +92,37 @@ class Study:
             title=title,
             **options,
         )
+
+    def kept_replies(
+        self,
+        file: str,
+        prompts: batching.Prompts,
+        edit: iv.Intervention,
+        tokens: int,
+        title: str,
+        *,
+        row_edit: Sequence[int],
+        numbers: Sequence[int],
+        **options: Any,
+    ) -> list[list[int]]:
+        """`replies`, which are kept in a file as they come: a run that is stopped leaves the rest
+        to the next. Whoever has written them elsewhere deletes it."""
+        arrays = [x.tolist() for x in jax.tree.leaves(edit)]
+        of = [prompts.ids, arrays, tokens, list(row_edit), list(numbers), options]
+        with Unfinished(self.workdir, file, of) as unfinished:
+            todo = [i for i in range(len(prompts.ids)) if i not in unfinished.items]
+            if todo:
+                self.replies(
+                    dataclasses.replace(prompts, ids=[prompts.ids[i] for i in todo]),
+                    edit,
+                    tokens,
+                    title,
+                    row_edit=[row_edit[i] for i in todo],
+                    numbers=[numbers[i] for i in todo],
+                    on_reply=lambda i, ids: unfinished.add(todo[i], ids),
+                    **options,
+                )
+            return [unfinished.items[i] for i in range(len(prompts.ids))]
 
     @property
     def nothing(self) -> iv.Intervention:

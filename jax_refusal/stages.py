@@ -24,6 +24,7 @@ from jax_refusal.session import (
     METRICS,
     REPORT,
     TOKENS,
+    UNFINISHED,
     Study,
     StudyError,
 )
@@ -226,7 +227,8 @@ def write_completions(study: Study) -> list[str]:
         instructions += asked
         row_edit += [i] * len(asked)
         numbers += range(len(asked))  # a prompt is sampled with the same noise in every condition
-    replies = study.replies(
+    replies = study.kept_replies(
+        UNFINISHED,
         study.encoded([i.text for i in instructions]),
         iv.rows(*edits),
         g.max_new_tokens,
@@ -252,6 +254,7 @@ def write_completions(study: Study) -> list[str]:
         study.workdir.write_jsonl(
             name, [row for row, which in zip(rows, row_edit, strict=True) if which == i]
         )
+    study.workdir.delete(UNFINISHED)
     return files
 
 

@@ -3,16 +3,18 @@
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_refusal import pipeline, session
-from jax_refusal.artifacts import WorkdirError
+from jax_refusal.artifacts import Unfinished, WorkdirError
+from jax_refusal.runtime.generate import generate
 from jax_refusal.study.selection import SelectionError
 from tests import runs, tiny
-from tests.runs import COMPLETIONS, STAGES, contents, results, run, small
+from tests.runs import COMPLETIONS, SMALL, STAGES, contents, results, run, small
 
 # Run again
 
@@ -113,6 +115,82 @@ def test_an_interrupt_in_the_middle_of_a_stage_leaves_it_to_the_next_run(
         assert set(contents(workdir)) == listed | {"manifest.json"}
     run(small(tiny_dir), workdir)
     assert results(workdir) == results(finished)
+
+
+UNFINISHED = "completions/unfinished.json"
+
+
+def stop_after(replies: int) -> Callable:
+    """A progress function that interrupts the run behind so many replies of its test prompts."""
+
+    def progress(items, name):
+        for done, item in enumerate(items):
+            if name == "completions" and done == replies:
+                raise KeyboardInterrupt
+            yield item
+
+    return progress
+
+
+@pytest.fixture
+def half_answered(copy: Path, tiny_dir: Path) -> Path:
+    runs.cut_after(copy, "selection")
+    with pytest.raises(KeyboardInterrupt):
+        run(small(tiny_dir), copy, progress=stop_after(7))
+    assert len(json.loads((copy / UNFINISHED).read_bytes())["items"]) == 7
+    return copy
+
+
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each call of `generate` is given, from now on."""
+    asked: list[int] = []
+
+    def counted(model, prompts, *args, **options):
+        asked.append(len(prompts.ids))
+        return generate(model, prompts, *args, **options)
+
+    monkeypatch.setattr(session, "generate", counted)
+    return asked
+
+
+def test_replies_that_were_ready_are_not_made_again(
+    half_answered: Path, finished: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = answered(monkeypatch)
+    run(small(tiny_dir), half_answered)
+    assert asked == [len(COMPLETIONS) * SMALL["data.n_test"] - 7]
+    assert results(half_answered) == results(finished)  # the file is gone, too
+
+
+def test_replies_under_another_edit_are_not_taken(
+    half_answered: Path, finished: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept = json.loads((half_answered / UNFINISHED).read_bytes())
+    for item in kept["items"]:
+        kept["items"][item] = [1]  # would be seen in the replies
+    (half_answered / UNFINISHED).write_text(json.dumps(kept | {"of": "another"}))
+    asked = answered(monkeypatch)
+    run(small(tiny_dir), half_answered)
+    assert asked == [len(COMPLETIONS) * SMALL["data.n_test"]]
+    assert results(half_answered) == results(finished)
+
+
+def test_ready_replies_are_written_at_times(
+    copy: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a kill leaves: the file is there before the stage ends."""
+    runs.cut_after(copy, "selection")
+    monkeypatch.setattr(Unfinished, "every", 0.0)
+    seen: list[int] = []
+
+    def look(items, name):
+        for item in items:
+            if name == "completions" and (copy / UNFINISHED).exists():
+                seen.append(len(json.loads((copy / UNFINISHED).read_bytes())["items"]))
+            yield item
+
+    run(small(tiny_dir), copy, progress=look)
+    assert seen == list(range(1, len(COMPLETIONS) * SMALL["data.n_test"]))
 
 
 def edit_tensor(path: Path) -> None:

@@ -3,7 +3,7 @@
 Letters: B batch row, N prefix tokens, R edit rows, P prompts, G prompts admitted at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ def generate(
     batch_size: int = 32,
     progress: Progress = silent,
     title: str = "generate",
+    on_reply: Callable[[int, list[int]], None] = lambda prompt, ids: None,  # as each is ready
 ) -> list[list[int]]:
     """New token ids of each prompt, in order; a reply's stop token is left out.
 
@@ -80,6 +81,7 @@ def generate(
         job = _Job(model, prompts, edit, which, np.asarray(numbered), rules, batch_size)
         for prompt, ids in progress(job, title):
             replies[prompt] = ids[:-1] if ids and ids[-1] in stop_ids else ids
+            on_reply(prompt, replies[prompt])
     return replies
 
 
