@@ -209,7 +209,9 @@ class Unfinished:
         self._timer = Timer()
 
     def __enter__(self) -> "Unfinished":
-        with contextlib.suppress(FileNotFoundError):
+        # A file that is damaged is as good as none: what it held is made again.
+        damaged = (ValueError, KeyError, TypeError, AttributeError)
+        with contextlib.suppress(FileNotFoundError, *damaged):
             there = self.workdir.read_json(self.name)
             if there["of"] == self.of:
                 self.items = {int(number): item for number, item in there["items"].items()}
@@ -221,11 +223,14 @@ class Unfinished:
             self._write()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.items and not (kind and issubclass(kind, WorkdirError)):
+        # What ended it is not hidden by a disk that is full.
+        with contextlib.suppress(WorkdirError) if kind else contextlib.nullcontext():
             self._write()
 
     def _write(self) -> None:
-        self.workdir.write_json(self.name, {"of": self.of, "items": self.items})
+        if self.items:
+            content = {"of": self.of, "items": self.items}
+            self.workdir.write(self.name, json.dumps(content).encode())  # quick: no indentation
         self._timer = Timer()
 
 

@@ -29,7 +29,10 @@ class Edit(Protocol):
         ...
 
     def at_site(self, layer: Any, site: str, x: jax.Array) -> jax.Array:
-        """Edits x [B, T, D] at one site; `layer` is this layer's slice of `scanned`."""
+        """Edits x [B, T, D] at one site; `layer` is this layer's slice of `scanned`.
+
+        What the last layer writes may come for the tokens alone that are asked for, or for none.
+        """
         ...
 
     def removal(self, layer: Any) -> Any:
@@ -83,7 +86,8 @@ class Transform:
     `function(params, site, layer, x) -> x` with site one of `SITES`, layer an int32 scalar and
     x [B, T, D]; `params` is any pytree. Another function recompiles, other params do not. Where a
     layer writes a second time behind its MLP (Gemma 4 with per-layer inputs), the function is
-    called once more as at `mlp_out`.
+    called once more as at `mlp_out`. It has to treat each token alone: what the last layer writes
+    comes for the tokens only whose logits are wanted, and where none are, for none (T = 0).
     """
 
     function: Callable[[Any, str, jax.Array, jax.Array], jax.Array] = dataclasses.field(

@@ -108,7 +108,8 @@ class Study:
         """`replies`, which are kept in a file as they come: a run that is stopped leaves the rest
         to the next. Whoever has written them elsewhere deletes it."""
         arrays = [x.tolist() for x in jax.tree.leaves(edit)]
-        of = [prompts.ids, arrays, tokens, list(row_edit), list(numbers), options]
+        rules = [list(self.chat.stop_ids), tokens, options]
+        of = [prompts.ids, arrays, list(row_edit), list(numbers), rules]
         with Unfinished(self.workdir, file, of) as unfinished:
             todo = [i for i in range(len(prompts.ids)) if i not in unfinished.items]
             if todo:

@@ -254,12 +254,12 @@ def write_completions(study: Study) -> list[str]:
         study.workdir.write_jsonl(
             name, [row for row, which in zip(rows, row_edit, strict=True) if which == i]
         )
-    study.workdir.delete(UNFINISHED)
     return files
 
 
 def write_metrics(study: Study) -> list[str]:
     """Refusal rates with intervals, and what the report says of the direction."""
+    study.workdir.delete(UNFINISHED)  # now that the manifest lists the completions
     selection, choice = study.selection(), study.workdir.read_json(CHOICE)
     record = study.workdir.read_json(FILTER)
     names = [f"{kind}_{edit}" for kind, edit, _ in CONDITIONS]

@@ -87,13 +87,21 @@ def until(reply: list[int], stop: int) -> list[int]:
     return reply[: reply.index(stop)] if stop in reply else reply
 
 
-@pytest.mark.parametrize(("batch_size", "scan"), [(4, False), (8, True), (64, False)])
+@pytest.mark.parametrize(
+    ("batch_size", "scan", "at_once"), [(4, False, 32), (8, True, 32), (64, False, 4)]
+)
 def test_rows_take_in_the_prompts_that_wait(
-    batch_size: int, scan: bool, model: Transformer, case: Case, monkeypatch: pytest.MonkeyPatch
+    batch_size: int,
+    scan: bool,
+    at_once: int,
+    model: Transformer,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layer after layer, and by a scan as accelerators step."""
+    """Layer after layer, and by a scan as accelerators step; a whole batch admitted in parts."""
     if scan:
         monkeypatch.setattr(generation, "_unrolled", lambda model: None)
+    monkeypatch.setattr(generation, "AT_ONCE", at_once)
     found = generate(
         model,
         case.prompts,

@@ -1,6 +1,8 @@
 """A run on a tiny checkpoint goes on wherever it was stopped, and with nothing but its own."""
 
+import hashlib
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -162,17 +164,47 @@ def test_replies_that_were_ready_are_not_made_again(
     assert results(half_answered) == results(finished)  # the file is gone, too
 
 
-def test_replies_under_another_edit_are_not_taken(
-    half_answered: Path, finished: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_replies_of_another_rule_are_not_taken(
+    half_answered: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    kept = json.loads((half_answered / UNFINISHED).read_bytes())
-    for item in kept["items"]:
-        kept["items"][item] = [1]  # would be seen in the replies
-    (half_answered / UNFINISHED).write_text(json.dumps(kept | {"of": "another"}))
+    """While no completions are listed, what they depend on may be changed."""
+    asked = answered(monkeypatch)
+    run(small(tiny_dir, generate__max_new_tokens=7), half_answered)
+    assert asked == [len(COMPLETIONS) * SMALL["data.n_test"]]
+
+
+def test_replies_under_another_edit_are_not_taken(
+    half_answered: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = "selection/direction.safetensors"
+    path, listed = half_answered / file, runs.manifest(half_answered)
+    save_file({name: 2 * x for name, x in load_file(path).items()}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    listed["stages"]["selection"]["files"][file] = digest
+    (half_answered / "manifest.json").write_text(json.dumps(listed))
     asked = answered(monkeypatch)
     run(small(tiny_dir), half_answered)
     assert asked == [len(COMPLETIONS) * SMALL["data.n_test"]]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
+def test_kept_replies_that_are_damaged_are_made_again(
+    content: bytes, half_answered: Path, finished: Path, tiny_dir: Path
+):
+    (half_answered / UNFINISHED).write_bytes(content)
+    run(small(tiny_dir), half_answered)
     assert results(half_answered) == results(finished)
+
+
+def test_sampled_replies_go_on_with_the_same_noise(tiny_dir: Path, copy: Path, tmp_path: Path):
+    runs.cut_after(copy, "selection")
+    config, whole = small(tiny_dir, generate__temperature=1.0), tmp_path / "whole"
+    shutil.copytree(copy, whole)
+    run(config, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, copy, progress=stop_after(7))
+    run(config, copy)
+    assert results(copy) == results(whole)
 
 
 def test_ready_replies_are_written_at_times(

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_refusal.interventions import Edit
 from jax_refusal.models.transformer import Transformer
-from jax_refusal.runtime.batching import Prompts, bucket, fit_rows, place, prefix_tokens
+from jax_refusal.runtime.batching import Prompts, fit_rows, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.teach import cross_entropy, pack_pairs, reply_logits
 
@@ -57,8 +57,7 @@ def reply_loss(
             f"A prompt and its reply have {longest} tokens and the model's context "
             f"{model.arch.context}. Shorten the reply."
         )
-    length = max(row_tokens, bucket(max(lengths)))
-    packed, length = fit_rows(lengths, length)
+    packed, length = fit_rows(lengths, row_tokens)
     mesh = mesh_of(model)
     rows = -(-min(rows, len(packed)) // mesh.shape["data"]) * mesh.shape["data"]
     sums, tokens = np.zeros(len(replies)), np.array([len(reply) for reply in replies])

@@ -75,11 +75,11 @@ class Block(nnx.Module):
         attention: Callable[[jax.Array], jax.Array],
         mlp: Callable[[jax.Array], jax.Array],
         own: jax.Array | None = None,  # [B, T, W] of `per_layer_inputs`
-        asked: Callable[[jax.Array], jax.Array] = lambda x: x,
+        pick: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> jax.Array:
         """The residual arithmetic, written once. `at(site, x)` reads and edits the stream.
 
-        `asked` picks the tokens, [B, T, ...] -> [B, Q, ...], whose stream is returned; attention
+        `pick` takes the tokens, [B, T, ...] -> [B, Q, ...], whose stream is returned; attention
         returns what it found for these, and reads all.
 
         A gated input of the layer's own is one more write (see `gemma4`): an edit at `mlp_out`
@@ -88,13 +88,13 @@ class Block(nnx.Module):
         pre, post = self.arch.pre_norm, self.arch.post_norm
         x = at("resid_pre", x)
         out = attention(self.normed(x, self.attn_norm) if pre else x)
-        x = asked(x) + at("attn_out", self.normed(out, self.attn_post_norm) if post else out)
+        x = pick(x) + at("attn_out", self.normed(out, self.attn_post_norm) if post else out)
         out = mlp(self.normed(x, self.mlp_norm) if pre else x)
         if self.arch.expert_width:
             out = gemma4.with_experts(self, out, x)
         x = x + at("mlp_out", self.normed(out, self.mlp_post_norm) if post else out)
         if own is not None:
-            x = x + at("per_layer_out", gemma4.gated_input(self, x, asked(own)))
+            x = x + at("per_layer_out", gemma4.gated_input(self, x, pick(own)))
         return x * self.scale[None, None] if self.arch.layer_scale else x
 
     def normed(self, x: jax.Array, scale: nnx.Param | jax.Array) -> jax.Array:
@@ -105,10 +105,10 @@ class Block(nnx.Module):
         x: jax.Array,  # [B, T, D]
         angles: tuple[jax.Array, jax.Array],
         attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-        asked: Callable[[jax.Array], jax.Array] = lambda x: x,
+        pick: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> jax.Array:  # [B, Q, D]
         with jax.named_scope("attention"):
-            q = self.linear(asked(x), self.q)
+            q = self.linear(pick(x), self.q)
             k, v = self.linear(x, self.k), self.linear(x, self.v)
             if self.arch.qkv_bias:
                 q, k = q + self.q_bias[None, None], k + self.k_bias[None, None]
@@ -117,7 +117,7 @@ class Block(nnx.Module):
                 q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
             q = constrain(q, "batch", None, "heads", "head_width")
             k, v = layers.rotate(k, angles).transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-            mixed = attend(layers.rotate(q, jax.tree.map(asked, angles)), k, v)
+            mixed = attend(layers.rotate(q, jax.tree.map(pick, angles)), k, v)
             out = self.linear(mixed, self.o, inputs=2)
             return out + self.o_bias[None, None] if self.arch.out_bias else out
 

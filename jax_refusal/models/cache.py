@@ -158,7 +158,7 @@ def write(
     new: jax.Array,  # [B, G, K, T] or [B, G, T, K]
     slot: jax.Array,
     axis: int,  # of a layer's slots: 3 of keys, 2 of values
-    keep: jax.Array | bool = False,  # what lies there stays: static where the layers are unrolled
+    keep: jax.Array | bool = False,  # what lies there stays: static where the layer is
 ) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
     """Puts tokens into one layer's slots, in place where jit can; also returns that layer."""
     start = [slot if i == axis else 0 for i in range(4)]

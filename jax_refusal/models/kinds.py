@@ -144,11 +144,11 @@ def attention(
     angles: tuple[Angles, Angles],  # local, global
     remember: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
     look: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    asked: Callable[[jax.Array], jax.Array],
+    pick: Callable[[jax.Array], jax.Array],
     x: jax.Array,  # [B, T, D], normed
 ) -> jax.Array:  # [B, Q, D]
     """remember: puts keys and values of the tokens into the cache, returns those of the context;
-    look: what queries [B, Q, H, K] find in keys [B, G, K, C] and values [B, G, C, K]; asked: the
+    look: what queries [B, Q, H, K] find in keys [B, G, K, C] and values [B, G, C, K]; pick: the
     tokens that have queries."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -176,7 +176,7 @@ def attention(
             weight = _weights(arch, stacks, index, KINDS[kind])
             q = norm(layers.einsum("btd,dhk->bthk", x, weight("q")), weight("q_norm"))
             heads = (arch.kv_heads, arch.global_kv_heads)[kind]
-            turned = layers.rotate(q, jax.tree.map(asked, angles[kind]))
+            turned = layers.rotate(q, jax.tree.map(pick, angles[kind]))
             found = look(turned, *_unpacked(k, v, heads, q.shape[-1]))
             return layers.einsum("bthk,hkd->btd", found, weight("o"))
 
@@ -192,7 +192,7 @@ def attention(
             which = (*kinds[:own], *[2] * (arch.layers - own))
         k, v = choose(by_layer(which, index), projections, x)
         k, v = remember(k, v)
-        return choose(by_layer(kinds, index), [answer(0), answer(1)], asked(x), k, v)
+        return choose(by_layer(kinds, index), [answer(0), answer(1)], pick(x), k, v)
 
 
 def _packed(arch: Architecture, x: jax.Array) -> jax.Array:

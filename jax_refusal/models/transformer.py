@@ -1,7 +1,7 @@
 """The one decoder: a stack of blocks in one scan, whose residual stream takes edits.
 
 Letters: B batch row, T token, C context slot, D residual width, L layers, H query heads, G
-key/value heads, K head width, F MLP width, V vocabulary, P kept positions, Q unembedded positions,
+key/value heads, K head width, F MLP width, V vocabulary, P kept positions, Q tokens asked for,
 N prefix tokens, R edit rows (1 or B).
 """
 
@@ -133,7 +133,8 @@ class Transformer(nnx.Module):
         asked: jax.Array | None = None,  # [B, Q] slots whose stream is returned; None is all
         prefix: Cache | None = None,  # read only: N tokens in front of every row
         cache: Cache | None = None,  # read and written: the tokens before, and these
-        span: tuple[jax.Array, jax.Array] | None = None,  # first layer to run, first not to run
+        # First layer to run, first not to run; with `asked` the latter is L.
+        span: tuple[jax.Array, jax.Array] | None = None,
         blocks: tuple[Block, ...] | None = None,  # from `unrolled`: no scan, and nothing is kept
     ) -> Output:
         """The blocks, from a residual stream to a residual stream.
@@ -164,7 +165,7 @@ class Transformer(nnx.Module):
         if memory is None and arch.kv_of_layer:  # later layers read what earlier ones remember
             memory = empty(arch, x.shape[0], x.shape[1], x.dtype)
 
-        def layer(carry, scanned, asked=lambda x: x):
+        def layer(carry, scanned, pick=lambda x: x):
             x, k_cache, v_cache = carry
             index, block, window, rope, edit_layer, prefix_kv, own_input = scanned
             source, shared, kept = index, False, {}
@@ -193,22 +194,22 @@ class Transformer(nnx.Module):
 
             def look(q, k, v):
                 if growth is not None:
-                    q = q * asked(growth).astype(q.dtype)
+                    q = q * pick(growth).astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
                 sinks = block.sinks[...] if arch.sinks else None
                 return layers.dot_product_attention(
-                    q, k, v, asked(near), arch.score_scale, arch.score_cap, sinks
+                    q, k, v, pick(near), arch.score_scale, arch.score_cap, sinks
                 )
 
             if arch.global_head_width:
                 where = (arch, self.stacks if blocks is None else block.stacks, index)
-                attention = partial(kinds.attention, *where, angles, remember, look, asked)
+                attention = partial(kinds.attention, *where, angles, remember, look, pick)
             else:
                 own = jax.tree.map(lambda a: a[0 if rope is None else rope], angles)
                 attend = lambda q, k, v: look(q, *remember(k, v))  # noqa: E731
-                attention = partial(block.attention, angles=own, attend=attend, asked=asked)
+                attention = partial(block.attention, angles=own, attend=attend, pick=pick)
             mlp = partial(kinds.mlp, *where) if arch.wide_mlp else block.mlp
-            x = block(x, at, attention, mlp, own_input, asked)
+            x = block(x, at, attention, mlp, own_input, pick)
             return (x, k_cache, v_cache), kept
 
         def layer_in_span(carry, scanned):
@@ -246,17 +247,17 @@ class Transformer(nnx.Module):
                 body, carry, (jnp.arange(arch.layers), self.blocks, *scanned)
             )
         else:
-            stacks, last = (self.blocks, *scanned), arch.layers - 1
+            whole, last = (self.blocks, *scanned), arch.layers - 1
 
             def numbered(index):  # a slice of all layers but one would be a copy of the weights
-                return index, *jax.tree.map(lambda a: a[index], stacks)
+                return index, *jax.tree.map(lambda a: a[index], whole)
 
             def step(carry, index):
                 return body(carry, numbered(index))
 
             carry, kept = jax.lax.scan(step, carry, jnp.arange(last))
-            carry, own = layer(carry, numbered(last), partial(at_slots, slots=asked))
-            kept = {site: jnp.concatenate([kept[site], own[site][None]]) for site in kept}
+            carry, of_last = layer(carry, numbered(last), partial(at_slots, slots=asked))
+            kept = {site: jnp.concatenate([kept[site], of_last[site][None]]) for site in kept}
         x, k_cache, v_cache = carry
         if cache is not None:
             cache = dataclasses.replace(cache, k=k_cache, v=v_cache)

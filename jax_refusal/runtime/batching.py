@@ -19,7 +19,8 @@ from jax_refusal.data.chat import Chat, ChatError, common_prefix
 from jax_refusal.models.cache import PADDING, SHARED, Tokens
 from jax_refusal.models.families import Architecture
 
-ROW_STEP = 4  # tokens between two row lengths that are tried
+# Row lengths that are tried are multiples of ROW_STEP tokens, and no more than about TRIALS.
+ROW_STEP, TRIALS = 4, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,21 +177,25 @@ def host_tokens(ids: Any, positions: Any, segments: Any) -> Tokens:
 
 
 def fit_rows(lengths: Sequence[int], row_tokens: int) -> tuple[list[list[int]], int]:
-    """Which items share a row, and the row length: the one of up to row_tokens (or the longest
-    item) at which rows have the fewest slots in all, the shorter one of two."""
-    longest = max(lengths)
-    found = (
-        (_best_fit(lengths, length), length)
-        for length in range(longest, max(longest, row_tokens) + 1, ROW_STEP)
-    )
+    """Which items share a row, and the row length: of some lengths up to row_tokens (or the longest
+    item) the one at which rows have the fewest slots in all, the shorter one of two."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    least = -(-lengths[order[0]] // ROW_STEP) * ROW_STEP
+    step = max(ROW_STEP, (row_tokens - least) // TRIALS // ROW_STEP * ROW_STEP)
+    tried = range(least, max(least, row_tokens) + 1, step)
+    found = ((_best_fit(lengths, order, length), length) for length in tried)
     return min(found, key=lambda fit: (len(fit[0]) * fit[1], fit[1]))
 
 
-def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def _best_fit(
+    lengths: Sequence[int],
+    order: Sequence[int],  # items, longest first
+    capacity: int,
+) -> list[list[int]]:
     """Best-fit decreasing: item indices of each bin."""
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # which bins have how much left
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for item in order:
         length = lengths[item]
         room = next((left for left in range(length, capacity) if with_room[left]), capacity)
         if room == capacity:

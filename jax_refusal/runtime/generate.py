@@ -24,7 +24,7 @@ _unrolled = jax.jit(Transformer.unrolled)
 
 # A full batch admits a quarter of its rows at a time: prompts run well together, on average an
 # eighth of the rows waits, and no second cache of all rows is held. Few rows come at once.
-ADMISSIONS, FEW = 4, 32
+ADMISSIONS, AT_ONCE = 4, 32
 
 
 class ContextError(ValueError):
@@ -135,14 +135,14 @@ class _Job:
             yield from self._pool(members, prefix)
 
     def _sizes(self, prompts: int) -> tuple[int, int]:
-        """Rows of the batch, and how many prompts it admits at once."""
+        """Rows of the batch, and how many prompts are admitted together."""
         data, batches = self.mesh.shape["data"], -(-prompts // self.batch_size)
         # As full as if the prompts were shared out over whole batches.
         size = -(-prompts // batches)
         if batches == 1:
             size = min(self.batch_size, bucket(prompts, least=1))
         size = -(-size // data) * data
-        if batches == 1 and size <= FEW * data:
+        if batches == 1 and size <= AT_ONCE * data:
             return size, size
         return size, -(-size // ADMISSIONS // data) * data
 
@@ -150,10 +150,11 @@ class _Job:
         """Replies to prompts that fit the same slots."""
         model, prompts = self.model, self.prompts
         size, group = self._sizes(len(members))
+        slots = self._slots(members)
         rows = decode.empty(
             model,
             rows=size,
-            slots=prompts.prefix + self._slots(members),
+            slots=prompts.prefix + slots,
             room=bucket(int(self.rules.limit)),
             unrolled=self.blocks is not None,
         )
@@ -164,14 +165,16 @@ class _Job:
                 few = min(group, len(free), len(waiting))
                 places, new = free[:few], np.array(waiting[:few])
                 free, waiting, guest[places] = free[few:], waiting[few:], new
-                rows = self._admit(rows, places, new, group, prefix)
+                if len(members) > size:  # many groups: it pays to compile for shorter ones
+                    slots = self._slots(new)
+                rows = self._admit(rows, places, new, group, slots, prefix)
             target = jnp.int32(size - min(group, len(waiting)) if waiting else 0)
             rows = decode.advance(model, self.blocks, rows, self.edits, target, self.rules)
             finished, count = np.asarray(rows.finished), np.asarray(rows.count)
             first, ids = np.asarray(rows.first), np.asarray(rows.ids)
             for row in np.flatnonzero(finished & (guest >= 0)):
-                slots = (first[row] + np.arange(count[row])) % ids.shape[1]
-                yield int(guest[row]), ids[row, slots].tolist()
+                ring = (first[row] + np.arange(count[row])) % ids.shape[1]
+                yield int(guest[row]), ids[row, ring].tolist()
                 guest[row] = -1
                 free.append(int(row))
 
@@ -185,6 +188,7 @@ class _Job:
         places: list[int],
         members: np.ndarray,
         group: int,
+        slots: int,
         prefix: Cache | None,
     ) -> decode.Rows:
         """Puts the replies to these prompts in these rows; a group that is not full is filled up
@@ -208,7 +212,7 @@ class _Job:
         return decode.admit(
             model,
             rows,
-            place(left_padded(parts, prompts.prefix, self._slots(members)), self.mesh),
+            place(left_padded(parts, prompts.prefix, slots), self.mesh),
             number,
             self.edits,
             edit,

@@ -200,7 +200,8 @@ def _induce_later(
 class Sweep:
     """Scores candidates on validation prompts: the `Scorer` that selection asks.
 
-    Candidates of one forward are as many as fit `batch_tokens` beside the prompts.
+    Candidates of one forward are as many as fit `batch_tokens`, for each part of the mesh's data
+    axis, with all rows of the prompts.
     """
 
     def __init__(

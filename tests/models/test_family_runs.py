@@ -27,7 +27,7 @@ ALL = "gemma4_text_all_untied"
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3_text", "ministral3_window_tied", "qwen3_moe", "gpt_oss", ALL]
+    "name", ["gemma3_text", "ministral3_window_tied", "qwen3_moe", "gpt_oss", "gemma4_text", ALL]
 )
 def test_packed_rows_equal_single_prompts(name: str, checkpoint: Checkpoint) -> None:
     """Two rotary bases, windows, growing queries and routed experts, by positions and not slots."""
