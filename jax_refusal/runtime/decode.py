@@ -132,10 +132,9 @@ def admit(
         cache = caches.empty(model.arch, guests, slots, model.dtype)
     else:
         cache = prefix.take(prefix_row).grow(slots)
-    last = jnp.full((guests, 1), slots - 1)
-    out = model(tokens, interventions.take(edits, edit), cache=cache, asked=last)
+    out = model(tokens, interventions.take(edits, edit), cache=cache)
     assert out.cache is not None
-    logits = model.unembed(out.x)[:, 0]
+    logits = model.unembed(out.x[:, -1:])[:, 0]
     token = rules.sampling.choose(logits, number, jnp.zeros(guests, jnp.int32))
     slot = (rows.step - 1) % rows.ids.shape[1]
 
