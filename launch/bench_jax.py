@@ -88,13 +88,11 @@ def _means(model: Any, kinds: list[Prompts]) -> list[np.ndarray]:  # harmful, ha
 def collect(task: Task) -> dict[str, Any]:
     model, train, _, rate = _load(task)
     found = timed(lambda: _means(model, train), task["sizes"]["repeats"])
+    shared, own = sum(map(tokens, train)), sum(len(i) for p in train for i in p.ids)
     return found | {
         "result": [means.tolist() for means in found["result"]],
-        "floor": collect_flops(model.arch, sum(map(tokens, train))) / rate,
-        "floor_without_shared_prefix": collect_flops(
-            model.arch, sum(len(i) for p in train for i in p.ids)
-        )
-        / rate,
+        "floor": collect_flops(model.arch, shared) / rate,
+        "floor_without_shared_prefix": collect_flops(model.arch, own) / rate,
     }
 
 

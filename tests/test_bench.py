@@ -12,9 +12,20 @@ from typing import Any
 
 import pytest
 
-from launch import bench, bench_hooks, bench_jax, bench_rows, bench_sizes, bench_table
+from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime.batching import Prompts
+from launch import (
+    bench,
+    bench_floor,
+    bench_hooks,
+    bench_jax,
+    bench_rows,
+    bench_sizes,
+    bench_table,
+)
 
 SIDES = {"jax": bench_jax, "hooks": bench_hooks}
+PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down")
 TINY = ("collect", "select", "generate", "start")  # compile little enough for the default suite
 
 
@@ -174,3 +185,18 @@ def test_quick_run(tmp_path: Path) -> None:
     assert all(worker["peak_rss_mib"] > 100 for worker in report["workers"])
     assert report["machine"]["versions"]["torch"] != "not installed"
     assert report["command"].endswith(f"--quick --out={out}")
+
+
+def test_the_floors_count_every_product_once(model: Transformer) -> None:
+    """By the model's own leaves: 2 operations for each weight that a token meets."""
+    leaves, L = model.leaves(), model.arch.layers
+    sizes = {name: leaves[f"blocks.{name}"].size // L for name in PRODUCTS}
+    layer, keys = sum(sizes.values()), sizes["k"] + sizes["v"]
+    prompts = Prompts([[1, 2, 3, 4], [1, 2, 5, 6, 7]], prefix=2)
+    tokens, last = 2 + 2 + 3, 2
+    head = leaves["embed"].size
+    before = [layer * tokens * (L - 1 - start) for start in range(L)]
+    behind = keys * tokens + (layer - keys + head) * last
+    found = [bench_floor.score_flops(model.arch, prompts, start) for start in range(L)]
+    assert found == [2 * (flops + behind) for flops in before]
+    assert bench_floor.collect_flops(model.arch, tokens) == 2 * before[0]

@@ -28,17 +28,12 @@ def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
     return items
 
 
-def nowhere(rows: int) -> jax.Array:
-    """What is `asked` of a pass that is run for its keys and values, or what it keeps."""
-    return jnp.zeros((rows, 0), jnp.int32)
-
-
 @jax.jit
 def prefix_cache(model: Transformer, tokens: Tokens, edit: Edit) -> Cache:
     """Keys and values of the shared prefix, one row for each edit; tokens [R, N]."""
     rows, slots = tokens.ids.shape
     room = cache.empty(model.arch, rows, slots, model.dtype)
-    filled = model(tokens, edit, cache=room, asked=nowhere(rows)).cache
+    filled = model(tokens, edit, cache=room).cache
     assert filled is not None
     return filled
 
@@ -96,7 +91,7 @@ def _wide(prefix: Cache | None, batch: Packed) -> Cache | None:
 def _mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, sign):
     """Sum over prompts of the kept activations [P, L, D], how many, and each prompt's score."""
     B, X, P = slots.shape
-    asked = nowhere(B) if score is None else slots[..., -1]
+    asked = slots[..., -1] if score is not None else jnp.zeros((B, 0), jnp.int32)
     out = model(tokens, edit, prefix=prefix, keep=slots.reshape(B, X * P), asked=asked)
     scores = None
     if score is not None:
