@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "model")
@@ -91,3 +92,19 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 def place(x: np.ndarray | jax.Array, mesh: Mesh, *logical: str | None) -> jax.Array:
     """Puts a host array on the mesh by its logical axes."""
     return jax.device_put(x, named(mesh, logical, np.shape(x)))
+
+
+def unstacked(x: jax.Array) -> list[jax.Array]:  # [L, ...] -> L of [...]
+    """The parts along the first axis; views that take no memory, where x lies on one CPU device."""
+    traced = isinstance(x, Tracer)
+    if traced or [device.platform for device in x.devices()] != ["cpu"]:
+        return list(_split(x))
+    # The host's view of x is x itself; a part that is not aligned as XLA asks for is copied.
+    mesh = getattr(x.sharding, "mesh", None)
+    whole = x.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return [jax.device_put(part, whole) for part in np.asarray(x)]
+
+
+@jax.jit
+def _split(x: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(x)

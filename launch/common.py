@@ -59,10 +59,11 @@ def start(
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
     def guarded(rest: list[str]) -> None:
-        from jax_refusal.runtime.startup import keep_compiled_programs
+        from jax_refusal.runtime import startup
 
         logging.set_verbosity(logging.WARNING)  # JAX says which backends it did not find
-        keep_compiled_programs()
+        startup.keep_compiled_programs()
+        startup.give_back_after_compiling()
         main(rest)
 
     interrupted = interrupts()

@@ -19,7 +19,6 @@ from jax_refusal.data.chat import Chat
 from jax_refusal.interventions import Intervention
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime import decode
-from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.decode import Sampling
 from jax_refusal.runtime.generate import generate
@@ -278,7 +277,7 @@ def test_replies_by_a_scan(model: Transformer, chat: Chat, monkeypatch: pytest.M
 
     monkeypatch.setattr(decode, "advance", advance)
     assert generate(model, prompts, edit, **options) == unrolled
-    monkeypatch.setattr(generation, "_unrolled", lambda model: None)
+    monkeypatch.setattr(Transformer, "unrolled", lambda model: None)
     assert generate(model, prompts, edit, **options) == unrolled
     assert modes == [True, False], "what this test compares is no longer two things"
 

@@ -100,7 +100,7 @@ def test_rows_take_in_the_prompts_that_wait(
 ) -> None:
     """Layer after layer, and by a scan as accelerators step; a whole batch admitted in parts."""
     if scan:
-        monkeypatch.setattr(generation, "_unrolled", lambda model: None)
+        monkeypatch.setattr(Transformer, "unrolled", lambda model: None)
     monkeypatch.setattr(generation, "AT_ONCE", at_once)
     found = generate(
         model,

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jax_refusal as jr
+from jax_refusal import sharding
 from jax_refusal.data.chat import Chat
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime.batching import Prompts
@@ -86,17 +87,17 @@ def test_weights_are_sharded(data: int, model: int, source: str) -> None:
     g = G // model if G % model == 0 else G  # 4 heads on 8 devices stay whole
     expected = {
         "embed": ((V // model, D), PartitionSpec("model")),
-        "head": ((D, V // model), PartitionSpec(None, "model")),
+        "head": ((V // model, D), PartitionSpec("model")),
         "final_norm": ((D,), PartitionSpec()),
         "blocks.attn_norm": ((L, D), PartitionSpec()),
         "blocks.mlp_norm": ((L, D), PartitionSpec()),
-        "blocks.q": ((L, D, H // model, K), PartitionSpec(None, None, "model")),
-        "blocks.k": ((L, D, g, K), PartitionSpec(None, None, "model" if g < G else None)),
-        "blocks.v": ((L, D, g, K), PartitionSpec(None, None, "model" if g < G else None)),
-        "blocks.o": ((L, H // model, K, D), PartitionSpec(None, "model")),
-        "blocks.gate": ((L, D, F // model), PartitionSpec(None, None, "model")),
-        "blocks.up": ((L, D, F // model), PartitionSpec(None, None, "model")),
-        "blocks.down": ((L, F // model, D), PartitionSpec(None, "model")),
+        "blocks.q": ((L, H // model, K, D), PartitionSpec(None, "model")),
+        "blocks.k": ((L, g, K, D), PartitionSpec(None, "model" if g < G else None)),
+        "blocks.v": ((L, g, K, D), PartitionSpec(None, "model" if g < G else None)),
+        "blocks.o": ((L, D, H // model, K), PartitionSpec(None, None, "model")),
+        "blocks.gate": ((L, F // model, D), PartitionSpec(None, "model")),
+        "blocks.up": ((L, F // model, D), PartitionSpec(None, "model")),
+        "blocks.down": ((L, D, F // model), PartitionSpec(None, None, "model")),
     }
     leaves = loaded.leaves()
     assert set(leaves) == set(expected)
@@ -121,3 +122,19 @@ def test_mesh_shapes() -> None:
 def test_a_mesh_that_does_not_fit(data: int, model: int) -> None:
     with pytest.raises(ValueError, match=r"does not fit 8 cpu devices.*data \* model <= 8"):
         jr.make_mesh(data, model)
+
+
+def test_parts_of_a_stack_are_views_on_one_cpu_device() -> None:
+    """So that single layers of a model take no memory; on a mesh, or unaligned, they are copies."""
+    values = np.random.default_rng(0).normal(size=(3, 16, 8)).astype(np.float32)
+    for mesh, logical in ((jr.make_mesh(), (None,) * 3), (jr.make_mesh(1, 2), (None, "mlp", None))):
+        stack = sharding.place(values, mesh, *logical)
+        parts = sharding.unstacked(stack)
+        np.testing.assert_array_equal(np.stack(parts), values)
+        if mesh.size == 1:
+            offsets = [x.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer() for x in parts]
+            assert offsets == [0, 512, 1024]
+        else:
+            assert {shard.data.shape for x in parts for shard in x.addressable_shards} == {(8, 8)}
+    odd = sharding.unstacked(sharding.place(values[:, :5, :5], jr.make_mesh(), None, None, None))
+    np.testing.assert_array_equal(np.stack(odd), values[:, :5, :5])

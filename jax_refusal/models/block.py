@@ -5,6 +5,7 @@ layers, H query heads, G key/value heads, K head width, W width of a layer's own
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -12,9 +13,6 @@ from flax import nnx
 from jax_refusal.models import experts, gemma4, kinds, layers
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.sharding import constrain
-
-# The projections of a block, and how many of their axes are inputs.
-PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 class Block(nnx.Module):
@@ -60,11 +58,9 @@ class Block(nnx.Module):
     scale: nnx.Param
     stacks: kinds.Stacks  # of this layer, in an unrolled model whose layers differ in shape
 
-    def __init__(
-        self, arch: Architecture, leaves: Mapping[str, jax.Array], outputs_first: bool = False
-    ):
+    def __init__(self, arch: Architecture, leaves: Mapping[str, Any], few_rows: bool = False):
         self.arch = arch
-        self.outputs_first = outputs_first  # in projections: see `layers.linear`
+        self.few_rows = few_rows  # of what it is run on: see `layers.linear`
         for name, value in leaves.items():
             setattr(self, name, nnx.Param(value))
 
@@ -141,4 +137,4 @@ class Block(nnx.Module):
             return out + self.down_bias[None, None] if self.arch.mlp_bias else out
 
     def linear(self, x: jax.Array, kernel: nnx.Param, inputs: int = 1) -> jax.Array:
-        return layers.linear(x, kernel[...], inputs, self.outputs_first)
+        return layers.linear(x, kernel[...], inputs, self.few_rows)

@@ -7,17 +7,21 @@ from jax_refusal.models.architecture import Architecture
 
 
 def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
-    """Path -> logical axes, of the leaves that a model of this architecture has."""
+    """Path -> logical axes, of the leaves that a model of this architecture has.
+
+    Outputs come first, as in Hugging Face's linear layers (see `layers.linear`); experts have them
+    last, as the product of rows that are sorted by expert takes them.
+    """
     block = {
-        "q": ("embed", "heads", "head_width"),
-        "k": ("embed", "kv_heads", "head_width"),
-        "v": ("embed", "kv_heads", "head_width"),
-        "o": ("heads", "head_width", "embed"),
+        "q": ("heads", "head_width", "embed"),
+        "k": ("kv_heads", "head_width", "embed"),
+        "v": ("kv_heads", "head_width", "embed"),
+        "o": ("embed", "heads", "head_width"),
     }
     if arch.experts:
         block |= experts.axes(arch)
     else:
-        block |= {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")}
+        block |= {"gate": ("mlp", "embed"), "up": ("mlp", "embed"), "down": ("embed", "mlp")}
     if arch.pre_norm:
         block |= {"attn_norm": ("embed",), "mlp_norm": ("embed",)}
     if arch.post_norm:
@@ -42,7 +46,7 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
         block |= {"gate_bias": ("mlp",), "up_bias": ("mlp",), "down_bias": ("embed",)}
     top = {"embed": ("vocab", "embed"), "final_norm": ("embed",)}
     if not arch.tied_head:
-        top["head"] = ("embed", "vocab")
+        top["head"] = ("vocab", "embed")
     top, block = top | gemma4.top_axes(arch), block | gemma4.block_axes(arch)
     found = top | {f"blocks.{name}": ("layers", *a) for name, a in block.items()}
     if arch.global_head_width:

@@ -32,9 +32,9 @@ def block_axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     if arch.expert_width:
         found |= {
-            "gate": ("embed", "mlp"),
-            "up": ("embed", "mlp"),
-            "down": ("mlp", "embed"),
+            "gate": ("mlp", "embed"),
+            "up": ("mlp", "embed"),
+            "down": ("embed", "mlp"),
             "expert_gate": ("experts", "embed", "expert_mlp"),
             "expert_up": ("experts", "embed", "expert_mlp"),
             "expert_down": ("experts", "expert_mlp", "embed"),
@@ -46,8 +46,8 @@ def block_axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
         }
     if arch.per_layer_width:
         found |= {
-            "per_layer_gate": ("embed", "per_layer"),
-            "per_layer_out": ("per_layer", "embed"),
+            "per_layer_gate": ("per_layer", "embed"),
+            "per_layer_out": ("embed", "per_layer"),
             "per_layer_post_norm": ("embed",),
         }
     if arch.layer_scale:
@@ -61,7 +61,7 @@ def top_axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
         return {}
     return {
         "per_layer_embed": ("per_layer_vocab", "layers", "per_layer"),
-        "per_layer_context": ("embed", "layers", "per_layer"),
+        "per_layer_context": ("layers", "per_layer", "embed"),
         "per_layer_norm": ("per_layer",),
     }
 
@@ -102,7 +102,7 @@ def per_layer_inputs(
     ids: jax.Array,  # [B, T]
 ) -> jax.Array:  # [L, B, T, W]
     arch, x = model.arch, model.embedded(ids)
-    context = layers.einsum("btd,dlw->btlw", x, model.per_layer_context[...])
+    context = layers.linear(x, model.per_layer_context[...])
     context = _times(context, arch.width**-0.5)
     context = layers.rms_norm(context, model.per_layer_norm[...], arch.norm_epsilon, arch.norm)
     # Rounded to the model's dtype before it multiplies, as the scale of the embedding is.
@@ -116,9 +116,9 @@ def gated_input(
     own: jax.Array,  # [B, T, W] of `per_layer_inputs`
 ) -> jax.Array:  # [B, T, D]
     with jax.named_scope("per_layer_input"):
-        gate = layers.einsum("btd,dw->btw", x, block.per_layer_gate[...])
+        gate = layers.linear(x, block.per_layer_gate[...])
         gated = layers.ACTIVATIONS[block.arch.activation](gate) * own
-        out = layers.einsum("btw,wd->btd", gated, block.per_layer_out[...])
+        out = layers.linear(gated, block.per_layer_out[...])
         return block.normed(out, block.per_layer_post_norm)
 
 

@@ -44,10 +44,10 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     ):
         every, own = f"{kind}_layers", f"own_{kind}_layers"
         found |= {
-            f"{kind}.q": (every, "embed", "heads", width),
-            f"{kind}.k": (own, "embed", heads, width),
-            f"{kind}.v": (own, "embed", heads, width),
-            f"{kind}.o": (every, "heads", width, "embed"),
+            f"{kind}.q": (every, "heads", width, "embed"),
+            f"{kind}.k": (own, heads, width, "embed"),
+            f"{kind}.v": (own, heads, width, "embed"),
+            f"{kind}.o": (every, "embed", "heads", width),
             f"{kind}.q_norm": (every, width),
             f"{kind}.k_norm": (own, width),
         }
@@ -56,9 +56,9 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     if arch.wide_mlp:
         for part, width in (("own", "mlp"), ("sharing", "wide_mlp")):
             found |= {
-                f"{part}.gate": (f"{part}_layers", "embed", width),
-                f"{part}.up": (f"{part}_layers", "embed", width),
-                f"{part}.down": (f"{part}_layers", width, "embed"),
+                f"{part}.gate": (f"{part}_layers", width, "embed"),
+                f"{part}.up": (f"{part}_layers", width, "embed"),
+                f"{part}.down": (f"{part}_layers", "embed", width),
             }
     return found
 
@@ -157,9 +157,9 @@ def attention(
     def project(kind: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
         def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             weight = _weights(arch, stacks, index, KINDS[kind])
-            k = v = layers.einsum("btd,dgk->btgk", x, weight("k"))
+            k = v = layers.linear(x, weight("k"))
             if not (kind and arch.keys_are_values):
-                v = layers.einsum("btd,dgk->btgk", x, weight("v"))
+                v = layers.linear(x, weight("v"))
             k = layers.rotate(norm(k, weight("k_norm")), angles[kind])
             v = norm(v, jnp.ones(v.shape[-1], v.dtype))
             return _packed(arch, k).transpose(0, 2, 3, 1), _packed(arch, v).swapaxes(1, 2)
@@ -174,11 +174,11 @@ def attention(
     def answer(kind: int) -> Callable[..., jax.Array]:
         def run(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             weight = _weights(arch, stacks, index, KINDS[kind])
-            q = norm(layers.einsum("btd,dhk->bthk", x, weight("q")), weight("q_norm"))
+            q = norm(layers.linear(x, weight("q")), weight("q_norm"))
             heads = (arch.kv_heads, arch.global_kv_heads)[kind]
             turned = layers.rotate(q, jax.tree.map(pick, angles[kind]))
             found = look(turned, *_unpacked(k, v, heads, q.shape[-1]))
-            return layers.einsum("bthk,hkd->btd", found, weight("o"))
+            return layers.linear(found, weight("o"), inputs=2)
 
         return run
 

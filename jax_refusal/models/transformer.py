@@ -17,9 +17,9 @@ from flax import nnx
 from jax_refusal.interventions import Edit
 from jax_refusal.models import declaration, gemma4, kinds, layers
 from jax_refusal.models.architecture import Architecture
-from jax_refusal.models.block import PROJECTIONS, Block
+from jax_refusal.models.block import Block
 from jax_refusal.models.cache import Cache, Tokens, empty, lengths, visible, write
-from jax_refusal.sharding import constrain
+from jax_refusal.sharding import constrain, unstacked
 
 
 @jax.tree_util.register_dataclass
@@ -79,20 +79,16 @@ class Transformer(nnx.Module):
         return found
 
     def unrolled(self) -> tuple[Block, ...]:
-        """The L blocks one by one, outputs of projections first. A loop that runs them many times
-        reads each layer's weights where they lie; a scan copies a layer out of the stack each time,
-        which a CPU feels when a step has few rows."""
-        leaves = {
-            path.removeprefix("blocks."): leaf
+        """The L blocks one by one, for few rows. A loop that runs them many times reads each
+        layer's weights where they lie; a scan copies a layer out of the stack each time, which a
+        CPU feels when a step has few rows."""
+        parts = {
+            path.removeprefix("blocks."): unstacked(leaf)
             for path, leaf in self.leaves().items()
             if path.startswith("blocks.")
         }
-        for name, inputs in PROJECTIONS.items():
-            if name in leaves:
-                axes = tuple(range(1, 1 + inputs))
-                leaves[name] = jnp.moveaxis(leaves[name], axes, tuple(range(-inputs, 0)))
         blocks = tuple(
-            Block(self.arch, {name: leaf[i] for name, leaf in leaves.items()}, outputs_first=True)
+            Block(self.arch, {name: part[i] for name, part in parts.items()}, few_rows=True)
             for i in range(self.arch.layers)
         )
         if self.arch.global_head_width:
@@ -268,12 +264,8 @@ class Transformer(nnx.Module):
         with jax.named_scope("unembed"):
             arch = self.arch
             x = layers.rms_norm(x, self.final_norm[...], arch.norm_epsilon, arch.norm)
-            if self.head is None:
-                if x.shape[0] * x.shape[1] <= 32:  # as `linear` says; of more, this is slower
-                    logits = layers.linear(x, self.embed[...], outputs_first=True)
-                else:
-                    logits = layers.einsum("bqd,vd->bqv", x, self.embed[...])
-            else:
-                logits = layers.einsum("bqd,dv->bqv", x, self.head[...])
+            kernel = (self.embed if self.head is None else self.head)[...]
+            few = x.shape[0] * x.shape[1] <= 32  # of more, this is slower here
+            logits = layers.linear(x, kernel, few_rows=few)
             logits = layers.soft_cap(logits.astype(jnp.float32), arch.logit_cap)
             return constrain(logits, "batch", None, "vocab")

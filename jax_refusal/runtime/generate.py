@@ -19,9 +19,6 @@ from jax_refusal.runtime.batching import Prompts, bucket, left_padded, place, po
 from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
 from jax_refusal.runtime.decode import Rules, Sampling
 
-# Once for all batches of a job: single layers are a copy of the weights.
-_unrolled = jax.jit(Transformer.unrolled)
-
 # A full batch admits a quarter of its rows at a time: prompts run well together, on average an
 # eighth of the rows waits, and no second cache of all rows is held. Few rows come at once.
 ADMISSIONS, AT_ONCE = 4, 32
@@ -121,7 +118,7 @@ class _Job:
         self.batch_size, self.mesh = batch_size, mesh_of(model)
         # Where steps of few rows wait for memory: see `unrolled`.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        self.blocks = _unrolled(model) if on_cpu else None
+        self.blocks = model.unrolled() if on_cpu else None
 
     def __len__(self) -> int:
         return len(self.prompts.ids)

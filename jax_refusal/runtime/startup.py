@@ -15,11 +15,22 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def give_back_after_compiling() -> None:
+    """From now on memory goes back after every compilation of a second or more: what it took does
+    not add to what the program takes."""
+
+    def compiled(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and duration_secs >= 1:
+            give_back_memory()
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+
+
 def give_back_memory() -> None:
     """Hands freed memory back to the system, where the C library is glibc.
 
-    It keeps what compiling and the layers laid out for decoding took, more than the weights of a
-    small model, and most later arrays do not fit into the gaps.
+    It keeps what compiling and past activations took, more than the weights of a small model, and
+    most later arrays do not fit into the gaps.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)

@@ -3,12 +3,13 @@
 Letters: L layers, D residual width, V vocabulary, E experts.
 
 Ablating a direction at every write is a projection of the matrices that write: W <- W - W u u^T,
-for the embedding, the attention and MLP outputs, and their biases. Every leaf of the model whose
-last axis is the residual stream is looked at before anything is changed: it is edited, or known to
-write nothing, or named in an error. Weights are edited in float32 and cast back to their dtype.
+for the embedding, the attention and MLP outputs, and their biases. Every leaf of the model with an
+axis of the residual stream is looked at before anything is changed: it is edited, or known to write
+nothing, or named in an error. Weights are edited in float32 and cast back to their dtype.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from jax_refusal.models.layers import PRECISION
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.study.directions import check_width
 
-# Leaves that write to the residual stream: their last axis is the stream.
+STREAM = "embed"  # the residual stream among logical axes
+# Leaves that write to the residual stream.
 WRITERS = frozenset(
     {
         "embed",
@@ -36,9 +38,14 @@ WRITERS = frozenset(
         "blocks.per_layer_out",
     }
 )
-# Leaves of that shape that write nothing: gains of norms in front of a block or of the head.
+# Leaves that read it: projections, and gains of norms in front of a block or of the head.
 READERS = frozenset(
     {
+        *(f"blocks.{name}" for name in ("q", "k", "v", "gate", "up", "router")),
+        *("blocks.expert_gate", "blocks.expert_up", "blocks.per_layer_gate"),
+        *(f"{kind}.{name}" for kind in ("local", "global") for name in ("q", "k", "v")),
+        *(f"{part}.{name}" for part in ("own", "sharing") for name in ("gate", "up")),
+        *("head", "per_layer_context"),
         "blocks.attn_norm",
         "blocks.mlp_norm",
         "blocks.expert_norm",
@@ -69,15 +76,15 @@ def writers(arch: Architecture) -> list[str]:
 
     Raises WeightEditError naming every leaf of which that is not known.
     """
-    last = [path for path, logical in declaration.axes(arch).items() if logical[-1] == "embed"]
-    unknown = sorted(set(last) - WRITERS - READERS - POST_NORMS)
+    touching = [path for path, logical in declaration.axes(arch).items() if STREAM in logical]
+    unknown = sorted(set(touching) - WRITERS - READERS - POST_NORMS)
     if unknown:
         raise WeightEditError(
-            f"{unknown} of this {arch.family} model end in the residual stream; it is not known "
-            "whether they write to it: nothing was edited. Add them to the tables of "
+            f"{unknown} of this {arch.family} model have an axis of the residual stream; it is not "
+            "known whether they write to it: nothing was edited. Add them to the tables of "
             "study/orthogonalize.py."
         )
-    return [path for path in last if path in WRITERS]
+    return [path for path in touching if path in WRITERS]
 
 
 def orthogonalize(
@@ -100,9 +107,9 @@ def orthogonalize(
     leaves = model.leaves()
     if arch.tied_head:
         arch = dataclasses.replace(arch, tied_head=False)
-        leaves["head"] = leaves["embed"].T
+        leaves["head"] = leaves["embed"]
     for path in edited:
-        leaves[path] = _project(leaves[path], unit)
+        leaves[path] = _project(leaves[path], unit, _stream_axis(arch, path))
     return _rebuilt(model, arch, leaves, {*edited, "head"})
 
 
@@ -171,7 +178,7 @@ def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adap
         if path not in edited or not path.startswith("blocks.") or len(layout) != 2:
             continue
         target = name.split(".")[-2]
-        along = _along(leaves[path], unit)  # [L, ...]
+        along = _along(leaves[path], unit, _stream_axis(arch, path))  # [L, ...]
         a[target] = along.reshape(arch.layers, 1, -1)
         b[target] = jnp.broadcast_to(-unit[None, :, None], (arch.layers, arch.width, 1))
     return lora.Adapter(a, b, 1.0)
@@ -187,15 +194,21 @@ def _check_exact(arch: Architecture, approximate: bool) -> None:
         )
 
 
-def _along(weight: jax.Array, unit: jax.Array) -> jax.Array:  # [..., D], [D] -> [...]
-    return jnp.einsum("...d,d->...", weight.astype(jnp.float32), unit, precision=PRECISION)
+def _stream_axis(arch: Architecture, path: str) -> int:
+    return declaration.axes(arch)[path].index(STREAM)
 
 
-@jax.jit
-def _project(weight: jax.Array, unit: jax.Array) -> jax.Array:  # [..., D], [D] -> [..., D]
-    """weight <- weight - <weight, unit> unit along the last axis, in float32."""
-    outer = jnp.einsum("...,d->...d", _along(weight, unit), unit, precision=PRECISION)
-    return (weight.astype(jnp.float32) - outer).astype(weight.dtype)
+def _along(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
+    """weight [..., D, ...] with D at `axis`, unit [D] -> [..., ...]."""
+    weight = jnp.moveaxis(weight.astype(jnp.float32), axis, -1)
+    return jnp.einsum("...d,d->...", weight, unit, precision=PRECISION)
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def _project(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
+    """weight <- weight - <weight, unit> unit along one axis, in float32."""
+    outer = jnp.einsum("...,d->...d", _along(weight, unit, axis), unit, precision=PRECISION)
+    return (weight.astype(jnp.float32) - jnp.moveaxis(outer, -1, axis)).astype(weight.dtype)
 
 
 def _rebuilt(
