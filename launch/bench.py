@@ -9,9 +9,9 @@ Jobs, on the same token ids for both sides, on the CPU:
   select    every (position, layer) candidate on 32 + 32 validation prompts: KL, bypass, induce [s].
             Theirs: the three loops of the paper's code for a few candidates, extrapolated to the
             grid. Ours: the full grid, and the default mode, which scores only what can still win.
-            The model of this benchmark does not refuse, so the default mode runs with thresholds
-            that a third of the eligible candidates pass on induce, and half of those on KL: 13 % of
-            the grid, where the five published runs keep 4 to 16 %.
+            The model is the demo's, with the adapter that makes it refuse, and the thresholds are
+            the paper's. Another --model has no such adapter: its thresholds are those that a third
+            of the eligible candidates pass on induce, and half of those on KL.
   generate  one greedy decode step of 1, 8, 32 and 96 rows [ms]: prompts of some 64 tokens, 64 new
             ones, no early stop; the time of a one-token call (the prefill) is taken off.
   start     start of the process to the first new token of one prompt [s], with an empty and with a

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +24,11 @@ from jax_refusal import pipeline as study_pipeline
 from jax_refusal import session as files
 from jax_refusal.artifacts import Workdir
 from jax_refusal.data.prompts import KINDS, builtin, load_prompts
+from jax_refusal.models import export, gguf_file
 from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime import collect as collection
 from jax_refusal.runtime import generate as generation
+from jax_refusal.runtime import startup
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.sources import locate
 from jax_refusal.study import selection
@@ -53,6 +56,7 @@ def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
+startup.give_back_after_compiling()  # as every entry point does
 
 
 def machine(task: Task) -> dict[str, Any]:
@@ -74,8 +78,8 @@ def machine(task: Task) -> dict[str, Any]:
     return {"peaks": peaks}
 
 
-def _load(task: Task) -> tuple[Any, list[Prompts], list[Prompts], float]:
-    model = jr.load_model(task["source"])
+def _load(task: Task, adapter: str = "") -> tuple[Any, list[Prompts], list[Prompts], float]:
+    model = jr.load_model(task["source"], adapter=adapter or None)
     train, val = ([Prompts(**kind) for kind in task[split]] for split in ("train", "val"))
     return model, train, val, task["peaks"]["gflops"] * 1e9
 
@@ -97,8 +101,9 @@ def collect(task: Task) -> dict[str, Any]:
 
 
 def select(task: Task) -> dict[str, Any]:
-    """The full grid, then the default mode under thresholds that the grid's scores give."""
-    model, train, (harmful, harmless), rate = _load(task)
+    """The full grid, then the default mode; on the model that refuses, where there is one."""
+    adapter = task["workflow"]["adapter"]
+    model, train, (harmful, harmless), rate = _load(task, adapter)
     sizes, L = task["sizes"], model.arch.layers
     directions = jr.difference(*_means(model, train))  # [P, L, D]
     P, end = directions.shape[0], selection.Rule(L).end
@@ -117,12 +122,13 @@ def select(task: Task) -> dict[str, Any]:
         lambda: selection.select(directions, fresh(), everything, full_grid=True),
         sizes["grid_repeats"],
     )
-    rule = _typical(grid.table, end, L)
-    expected = selection.choose([c for c in grid.table if c.reason != selection.ZERO], rule)
+    scored = [c for c in grid.table if c.reason != selection.ZERO]
+    rule = selection.Rule(L) if adapter else _typical(scored, end, L)
+    expected = selection.choose(scored, rule) or min(scored, key=rule.shortfall)
     default, default_times = _without_compiling(
-        lambda: selection.select(directions, fresh(), rule), sizes["grid_repeats"]
+        lambda: selection.select(directions, fresh(), rule, fallback="least_bad"),
+        sizes["grid_repeats"],
     )
-    assert expected is not None
     same = (default.position, default.layer) == (expected.position, expected.layer)
 
     def facts(table: list[selection.Candidate]) -> dict[str, Any]:
@@ -136,6 +142,7 @@ def select(task: Task) -> dict[str, Any]:
     found = [selection.find(grid.table, p - P, l) for p, l in both]
     thresholds = {"kl_threshold": rule.kl_threshold, "induce_threshold": rule.induce_threshold}
     return {
+        "weights": _written(model, task) if adapter else {},
         "bytes": {"weights": weight_bytes(model.arch)},
         "candidates": len(cells) if sizes["grid"] else P * L,
         "full grid": grid_times | facts(grid.table),
@@ -144,6 +151,16 @@ def select(task: Task) -> dict[str, Any]:
         "vectors": [directions[cell].tolist() for cell in both],
         "scores": [[c.kl_div_score, c.refusal_score, c.steering_score] for c in found],
     }
+
+
+def _written(model: Any, task: Task) -> dict[str, Any]:
+    """A model that is no longer its source's, for the other side: where `from_pretrained` finds it
+    (without its tokenizer)."""
+    found, folder = locate(task["source"]), Path(task["folder"]) / "refusing"
+    original = gguf_file.read(found.gguf)[0] if found.gguf else found.config()
+    folder.mkdir()
+    export.write_hugging_face(model, original, folder, "float32")
+    return {"directory": str(folder), "gguf": None}
 
 
 def _without_compiling(call: Callable[[], Any], repeats: int) -> tuple[Any, dict[str, list[float]]]:
@@ -158,7 +175,8 @@ def _without_compiling(call: Callable[[], Any], repeats: int) -> tuple[Any, dict
 
 
 def _typical(table: list[selection.Candidate], end: int, layers: int) -> selection.Rule:
-    """Thresholds that a third of the eligible pass on induce, and half of those on KL."""
+    """Thresholds for a model that does not refuse: a third of the eligible pass on induce, and half
+    of those on KL, as 4 to 16 % of the grid pass in the five published runs."""
 
     def between(values: list[float], count: int) -> float:
         """A threshold with `count` values below it, halfway to the next: no score lies on it."""
@@ -242,9 +260,11 @@ def pipeline(task: Task) -> dict[str, Any]:
     prompts = {s: encoded([texts.texts(k, s) for k in KINDS]) for s in ("train", "val", "test")}
     for split in ("train", "val"):
         prompts[f"{split}_kept"] = encoded([kept[kind][split]["kept"] for kind in KINDS])
-    data = config.data
+    data, rows = config.data, config.generate.batch_size
+    longest = max(len(ids) for kind in prompts["test"] for ids in kind["ids"])
+    cache = cache_bytes(arch, rows, longest + config.generate.max_new_tokens)
     return times | {
-        "bytes": {"weights": weight_bytes(arch)},
+        "bytes": {"weights": weight_bytes(arch), "cache": cache},
         "origin": "published prompts" if data.source == "paper" else "builtin prompts",
         "counts": [data.n_train, data.n_val, data.n_test],
         "adapter": config.model.adapter,
