@@ -20,7 +20,7 @@ from jax_refusal.data.prompts import load_prompts
 from jax_refusal.models import lora
 from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime.collect import Progress, silent
-from jax_refusal.runtime.startup import give_back_memory
+from jax_refusal.runtime.startup import end_stage
 from jax_refusal.session import METRICS, Study, StudyError
 from jax_refusal.sources import fingerprint, locate
 from jax_refusal.stages import (
@@ -46,7 +46,8 @@ def run(
     """Runs what is not done yet of the study, and returns the metrics.
 
     Raises ConfigError, SourceError, PromptError, WorkdirError, StudyError, SelectionError and the
-    model's own errors; whatever was complete before stays in the workdir.
+    model's own errors; whatever was complete before stays in the workdir. With JAX's persistent
+    cache on, the process's compiled programs are dropped after each stage, to save memory.
     """
     configs.validate(config)
     if jax.process_count() > 1:
@@ -89,7 +90,7 @@ def run(
     for i, (name, stage) in enumerate(todo):
         timer = Timer()
         files = stage(study)
-        give_back_memory()
+        end_stage()
         later = [later for later, _ in todo[i + 1 :]]
         study.workdir.finish(name, files, timer.seconds, later)
         log(f"{name}: {timer.seconds:.1f} s")

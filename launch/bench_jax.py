@@ -53,6 +53,8 @@ def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
     global _compiled
     if event.endswith(("/backend_compile_duration", "/jaxpr_to_mlir_module_duration")):
         _compiled += duration_secs
+    if event.endswith("/cache_retrieval_time_sec"):  # counted as compiling, and is none
+        _compiled -= duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
@@ -102,8 +104,7 @@ def collect(task: Task) -> dict[str, Any]:
 
 def select(task: Task) -> dict[str, Any]:
     """The full grid, then the default mode; on the model that refuses, where there is one."""
-    adapter = task["workflow"]["adapter"]
-    model, train, (harmful, harmless), rate = _load(task, adapter)
+    model, train, (harmful, harmless), rate = _load(task, task["workflow"]["adapter"])
     sizes, L = task["sizes"], model.arch.layers
     directions = jr.difference(*_means(model, train))  # [P, L, D]
     P, end = directions.shape[0], selection.Rule(L).end
@@ -123,7 +124,8 @@ def select(task: Task) -> dict[str, Any]:
         sizes["grid_repeats"],
     )
     scored = [c for c in grid.table if c.reason != selection.ZERO]
-    rule = selection.Rule(L) if adapter else _typical(scored, end, L)
+    refuses = task["workflow"]["adapter"] and not sizes["grid"]  # and is scored in full
+    rule = selection.Rule(L) if refuses else _typical(scored, end, L)
     expected = selection.choose(scored, rule) or min(scored, key=rule.shortfall)
     default, default_times = _without_compiling(
         lambda: selection.select(directions, fresh(), rule, fallback="least_bad"),
@@ -142,7 +144,7 @@ def select(task: Task) -> dict[str, Any]:
     found = [selection.find(grid.table, p - P, l) for p, l in both]
     thresholds = {"kl_threshold": rule.kl_threshold, "induce_threshold": rule.induce_threshold}
     return {
-        "weights": _written(model, task) if adapter else {},
+        "adapter": task["workflow"]["adapter"],
         "bytes": {"weights": weight_bytes(model.arch)},
         "candidates": len(cells) if sizes["grid"] else P * L,
         "full grid": grid_times | facts(grid.table),
@@ -153,9 +155,9 @@ def select(task: Task) -> dict[str, Any]:
     }
 
 
-def _written(model: Any, task: Task) -> dict[str, Any]:
-    """A model that is no longer its source's, for the other side: where `from_pretrained` finds it
-    (without its tokenizer)."""
+def refusing(task: Task) -> dict[str, Any]:
+    """The model of `select` for the other side: where `from_pretrained` finds its weights."""
+    model = jr.load_model(task["source"], adapter=task["workflow"]["adapter"])
     found, folder = locate(task["source"]), Path(task["folder"]) / "refusing"
     original = gguf_file.read(found.gguf)[0] if found.gguf else found.config()
     folder.mkdir()
@@ -175,8 +177,8 @@ def _without_compiling(call: Callable[[], Any], repeats: int) -> tuple[Any, dict
 
 
 def _typical(table: list[selection.Candidate], end: int, layers: int) -> selection.Rule:
-    """Thresholds for a model that does not refuse: a third of the eligible pass on induce, and half
-    of those on KL, as 4 to 16 % of the grid pass in the five published runs."""
+    """Thresholds for a few candidates, or a model that does not refuse: a third of the eligible
+    pass on induce, half of those on KL; 4 to 16 % of the grid pass in the five published runs."""
 
     def between(values: list[float], count: int) -> float:
         """A threshold with `count` values below it, halfway to the next: no score lies on it."""

@@ -132,8 +132,10 @@ def collect(spawn: Spawn, sizes: Sizes) -> list[Row]:
 def select(spawn: Spawn, sizes: Sizes) -> list[Row]:
     """Agreement: the largest difference of a score, over the candidates that both sides scored."""
     ours = spawn("jax", "select")
-    asked = {name: ours[name] for name in ("cells", "vectors")}
-    theirs = spawn("hooks", "select", **asked, **ours["weights"])
+    more = {name: ours[name] for name in ("cells", "vectors")}
+    if ours["adapter"]:
+        more |= spawn("jax", "refusing")
+    theirs = spawn("hooks", "select", **more)
     each = [seconds / len(ours["cells"]) for seconds in theirs["seconds"]]
     gap = np.abs(np.array(ours["scores"]) - np.array(theirs["result"])).max()
     count, rows, peak = ours["candidates"], [], memory(ours)

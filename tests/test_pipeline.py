@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -18,6 +19,7 @@ from jax_refusal.data.prompts import KINDS, load_prompts
 from jax_refusal.evals import refusals
 from jax_refusal.evals.refusals import is_refusal, rate
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.runtime import startup
 from tests import oracle, runs
 from tests.runs import COMPLETIONS, STAGES, contents, results, run, small
 
@@ -248,3 +250,21 @@ def test_refusal_tokens_are_discovered_from_the_models_own_replies(
     assert found["origin"] == "discovered"
     first = found["tokens"][0]
     assert any("e" in text and text.startswith(first["text"]) for text in replies["harmful"])
+
+
+@pytest.mark.parametrize(("enabled", "folder"), [(True, True), (True, False), (False, True)])
+def test_a_stage_leaves_no_programs_where_they_are_kept_on_disk(
+    enabled: bool, folder: bool, tmp_path: Path
+) -> None:
+    """Without a persistent cache all would have to be compiled again, and is kept."""
+    names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    program, before = jax.jit(lambda x: x + 1), [jax.config.values[name] for name in names]
+    program(1.0)
+    for name, value in zip(names, (enabled, str(tmp_path) if folder else None), strict=True):
+        jax.config.update(name, value)
+    try:
+        startup.end_stage()
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
+    assert program._cache_size() == (0 if enabled and folder else 1)

@@ -5,6 +5,7 @@ V vocabulary.
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,20 @@ def test_parts_of_a_stack_are_views_on_one_cpu_device() -> None:
             assert {shard.data.shape for x in parts for shard in x.addressable_shards} == {(8, 8)}
     odd = sharding.unstacked(sharding.place(values[:, :5, :5], jr.make_mesh(), None, None, None))
     np.testing.assert_array_equal(np.stack(odd), values[:, :5, :5])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_single_layers_of_a_model_take_no_memory(dtype: str, source: str) -> None:
+    """And outlive it, whatever becomes of it."""
+    model = jr.load_model(source, dtype=dtype)
+    leaf = model.leaves()["blocks.up"]
+    start, expected = leaf.unsafe_buffer_pointer(), np.array(leaf[1])
+    part = model.unrolled()[1].up[...]
+    assert start < part.unsafe_buffer_pointer() < start + leaf.nbytes
+    del leaf
+    nothing = jax.jit(lambda m: jax.tree.map(lambda x: 0 * x, m), donate_argnums=0)
+    jax.block_until_ready(nothing(model))
+    np.testing.assert_array_equal(part, expected)
+    del model
+    gc.collect()
+    np.testing.assert_array_equal(part, expected)

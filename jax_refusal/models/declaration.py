@@ -9,8 +9,8 @@ from jax_refusal.models.architecture import Architecture
 def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     """Path -> logical axes, of the leaves that a model of this architecture has.
 
-    Outputs come first, as in Hugging Face's linear layers (see `layers.linear`); experts have them
-    last, as the product of rows that are sorted by expert takes them.
+    Outputs come first, as in Hugging Face's linear layers (see `layers.linear`); kernels of experts
+    have them last, as the product of rows that are sorted by expert takes them.
     """
     block = {
         "q": ("heads", "head_width", "embed"),

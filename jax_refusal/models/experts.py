@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_refusal.models.architecture import Architecture
-from jax_refusal.models.layers import PRECISION, einsum
+from jax_refusal.models.layers import PRECISION, linear
 
 
 def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
     """The leaves of a block with experts and their logical axes, before those of layers."""
     leaves: dict[str, tuple[str, ...]] = {
-        "router": ("embed", "experts"),
+        "router": ("experts", "embed"),
         "expert_gate": ("experts", "embed", "mlp"),
         "expert_up": ("experts", "embed", "mlp"),
         "expert_down": ("experts", "mlp", "embed"),
@@ -33,7 +33,7 @@ def axes(arch: Architecture) -> dict[str, tuple[str, ...]]:
 
 def route(
     x: jax.Array,  # [B, T, D]
-    router: jax.Array,  # [D, E]
+    router: jax.Array,  # [E, D]
     count: int,  # J
     normalised: bool,  # the shares of one token add up to 1
     bias: jax.Array | None = None,  # [E]
@@ -42,7 +42,7 @@ def route(
 
     Normalised shares are the softmax over the logits of the chosen experts alone.
     """
-    logits = einsum("btd,de->bte", x, router)
+    logits = linear(x, router)
     if bias is not None:
         logits = logits + bias[None, None]
     shares, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), -1), count)

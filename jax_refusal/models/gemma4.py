@@ -116,9 +116,9 @@ def gated_input(
     own: jax.Array,  # [B, T, W] of `per_layer_inputs`
 ) -> jax.Array:  # [B, T, D]
     with jax.named_scope("per_layer_input"):
-        gate = layers.linear(x, block.per_layer_gate[...])
+        gate = block.linear(x, block.per_layer_gate)
         gated = layers.ACTIVATIONS[block.arch.activation](gate) * own
-        out = layers.linear(gated, block.per_layer_out[...])
+        out = block.linear(gated, block.per_layer_out)
         return block.normed(out, block.per_layer_post_norm)
 
 

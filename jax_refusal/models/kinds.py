@@ -12,6 +12,7 @@ The cache is one stack: a head of a global layer lies in it as several heads of 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 
 from jax_refusal.models import layers
 from jax_refusal.models.architecture import Architecture
+from jax_refusal.sharding import unstacked
 
 Index = int | jax.Array  # of a layer: static in an unrolled loop, data in a scan
 Angles = tuple[jax.Array, jax.Array]
@@ -102,13 +104,14 @@ class Stacks(nnx.Module):
         return getattr(self, path.replace(".", "_"))[...]
 
 
-def of_layer(arch: Architecture, stacks: Stacks, layer: int) -> Stacks:
-    """The weights that one layer has, sliced out of the stacks."""
-    found, counted = {}, members(arch)
+def by_layers(arch: Architecture, stacks: Stacks) -> list[Stacks]:
+    """The weights that each of the L layers has, out of the stacks."""
+    found: list[dict[str, jax.Array]] = [{} for _ in range(arch.layers)]
+    counted = members(arch)
     for path, (axis, *_) in axes(arch).items():
-        if layer in counted[axis]:
-            found[path] = stacks.get(path)[counted[axis].index(layer)]
-    return Stacks(found, layer)
+        for layer, part in zip(counted[axis], unstacked(stacks.get(path)), strict=True):
+            found[layer][path] = part
+    return [Stacks(leaves, layer) for layer, leaves in enumerate(found)]
 
 
 def by_layer(values: tuple[int, ...], index: Index) -> Index:
@@ -137,6 +140,11 @@ def _weights(
     )
 
 
+def _linear(stacks: Stacks) -> Callable[..., jax.Array]:
+    """Single layers are run on few rows, as those of `Transformer.unrolled` are."""
+    return partial(layers.linear, few_rows=stacks.layer is not None)
+
+
 def attention(
     arch: Architecture,
     stacks: Stacks,
@@ -150,6 +158,7 @@ def attention(
     """remember: puts keys and values of the tokens into the cache, returns those of the context;
     look: what queries [B, Q, H, K] find in keys [B, G, K, C] and values [B, G, C, K]; pick: the
     tokens that have queries."""
+    linear = _linear(stacks)
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         return layers.rms_norm(x, scale, arch.norm_epsilon, arch.norm)
@@ -157,9 +166,9 @@ def attention(
     def project(kind: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
         def run(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             weight = _weights(arch, stacks, index, KINDS[kind])
-            k = v = layers.linear(x, weight("k"))
+            k = v = linear(x, weight("k"))
             if not (kind and arch.keys_are_values):
-                v = layers.linear(x, weight("v"))
+                v = linear(x, weight("v"))
             k = layers.rotate(norm(k, weight("k_norm")), angles[kind])
             v = norm(v, jnp.ones(v.shape[-1], v.dtype))
             return _packed(arch, k).transpose(0, 2, 3, 1), _packed(arch, v).swapaxes(1, 2)
@@ -174,11 +183,11 @@ def attention(
     def answer(kind: int) -> Callable[..., jax.Array]:
         def run(x: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             weight = _weights(arch, stacks, index, KINDS[kind])
-            q = norm(layers.linear(x, weight("q")), weight("q_norm"))
+            q = norm(linear(x, weight("q")), weight("q_norm"))
             heads = (arch.kv_heads, arch.global_kv_heads)[kind]
             turned = layers.rotate(q, jax.tree.map(pick, angles[kind]))
             found = look(turned, *_unpacked(k, v, heads, q.shape[-1]))
-            return layers.linear(found, weight("o"), inputs=2)
+            return linear(found, weight("o"), inputs=2)
 
         return run
 
@@ -219,12 +228,13 @@ def mlp(
     x: jax.Array,  # [B, T, D], normed
 ) -> jax.Array:  # [B, T, D]
     """The MLP of a model whose layers with shared keys have a wider one."""
+    linear = _linear(stacks)
 
     def run(group: str) -> Callable[[jax.Array], jax.Array]:
         def one(x: jax.Array) -> jax.Array:
             weight = _weights(arch, stacks, index, group)
-            gate, up = layers.linear(x, weight("gate")), layers.linear(x, weight("up"))
-            return layers.linear(layers.ACTIVATIONS[arch.activation](gate) * up, weight("down"))
+            gate, up = linear(x, weight("gate")), linear(x, weight("up"))
+            return linear(layers.ACTIVATIONS[arch.activation](gate) * up, weight("down"))
 
         return one
 

@@ -92,8 +92,8 @@ class Transformer(nnx.Module):
             for i in range(self.arch.layers)
         )
         if self.arch.global_head_width:
-            for i, block in enumerate(blocks):
-                block.stacks = kinds.of_layer(self.arch, self.stacks, i)
+            for block, own in zip(blocks, kinds.by_layers(self.arch, self.stacks), strict=True):
+                block.stacks = own
         return blocks
 
     def __call__(self, tokens: Tokens, edit: Edit, **options: Any) -> Output:

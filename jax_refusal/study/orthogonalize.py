@@ -200,15 +200,15 @@ def _stream_axis(arch: Architecture, path: str) -> int:
 
 def _along(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
     """weight [..., D, ...] with D at `axis`, unit [D] -> [..., ...]."""
-    weight = jnp.moveaxis(weight.astype(jnp.float32), axis, -1)
-    return jnp.einsum("...d,d->...", weight, unit, precision=PRECISION)
+    return jnp.tensordot(weight.astype(jnp.float32), unit, (axis, 0), precision=PRECISION)
 
 
 @partial(jax.jit, static_argnames=("axis",))
 def _project(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
     """weight <- weight - <weight, unit> unit along one axis, in float32."""
-    outer = jnp.einsum("...,d->...d", _along(weight, unit, axis), unit, precision=PRECISION)
-    return (weight.astype(jnp.float32) - jnp.moveaxis(outer, -1, axis)).astype(weight.dtype)
+    along = jnp.expand_dims(_along(weight, unit, axis), axis)
+    unit = unit.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+    return (weight.astype(jnp.float32) - along * unit).astype(weight.dtype)
 
 
 def _rebuilt(

@@ -28,9 +28,9 @@ NAMES = ["mixtral", "qwen3_moe"]
 
 
 def weights(seed: int = 0) -> tuple[jax.Array, ...]:
-    """Router [D, E], gate and up [E, D, F], down [E, F, D]."""
+    """Router [E, D], gate and up [E, D, F], down [E, F, D]."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = ((D, E), (E, D, F), (E, D, F), (E, F, D))
+    shapes = ((E, D), (E, D, F), (E, D, F), (E, F, D))
     return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
 
 
@@ -67,7 +67,7 @@ def test_no_expert_is_too_full() -> None:
 
 
 def test_of_two_that_tie_the_lower_number_is_taken() -> None:
-    shares, experts = route(jnp.ones((1, 2, D)), jnp.zeros((D, E)), J, True)
+    shares, experts = route(jnp.ones((1, 2, D)), jnp.zeros((E, D)), J, True)
     np.testing.assert_array_equal(experts, np.broadcast_to(np.arange(J), (1, 2, J)))
     assert_close(shares, np.full((1, 2, J), 1 / J), PARITY)
 

@@ -98,8 +98,8 @@ def test_ablation_is_at_every_write(model: Transformer, path: Path) -> None:
     def ablated(x: torch.Tensor) -> torch.Tensor:
         return x - (x @ unit)[..., None] * unit
 
-    # At later tokens rounding alone makes 1e-5: so much transformers differs from itself where
-    # every weight is moved by one part in 2^24.
+    # At some later tokens rounding alone makes more than 1e-5: so far transformers comes from
+    # itself there where every weight is moved by one part in 2^24.
     ids, edit = random_ids(model.arch.vocab)[:, :10], jr.ablate(direction(), L)
     expected = hooked(path, ids, {(i, name): ablated for i in range(L) for name in WRITES})
     assert_close(jr.logits(model, ids, edit=edit), expected, PARITY)

@@ -185,13 +185,6 @@ def test_an_unknown_writer_is_named_and_nothing_is_edited(
         orthogonalize(model, direction())
 
 
-def test_a_reader_of_the_stream_is_no_writer(model: Transformer, monkeypatch: pytest.MonkeyPatch):
-    real = declaration.axes
-    router = {"blocks.router": ("layers", "embed", "experts")}
-    monkeypatch.setattr(declaration, "axes", lambda arch: real(arch) | router)
-    assert "blocks.router" not in weights.writers(model.arch)
-
-
 def test_a_norm_behind_a_write_is_refused_unless_asked_for(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ):
