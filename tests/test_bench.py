@@ -179,7 +179,7 @@ def test_quick_run(tmp_path: Path) -> None:
     check_rows(report["rows"], bench_rows.JOBS)
     assert list(tmp_path.iterdir()) == [out]
     ran = {(worker["job"], worker["side"]) for worker in report["workers"]}
-    alone = {("machine", "jax"), ("merged", "jax")}
+    alone = {("machine", "jax"), ("merged", "jax"), ("refusing", "jax")}
     alone |= {(f"scale_{what}", "jax") for what in ("prompts", "candidates", "tokens")}
     assert ran == alone | {(job, side) for job in (*TINY, "pipeline") for side in SIDES}
     assert all(worker["peak_rss_mib"] > 100 for worker in report["workers"])

@@ -32,6 +32,8 @@ THINK, ANSWER = "<think>", "</think>\n\n"
 # "analysis", then the answer into "final". Its template stops before the name of a channel.
 CHANNEL, TURN, FINAL = "<|channel|>", "<|start|>assistant", "<|channel|>final<|message|>"
 
+AT_ONCE = 1000  # prompts; of more, what a tokenizer returns would be felt: five times what is kept
+
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
@@ -87,7 +89,8 @@ class Chat:
                 )
         if not instructions:
             raise ChatError("No instructions were given.")
-        prompts = self._tokens(instructions)
+        parts = range(0, len(instructions), AT_ONCE)
+        prompts = [p for at in parts for p in self._tokens(instructions[at : at + AT_ONCE])]
         for i, prompt in enumerate(prompts):
             if self.context and len(prompt) > self.context:
                 raise ChatError(
