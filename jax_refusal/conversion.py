@@ -56,6 +56,7 @@ class Request:
     out: str
     edit: str = "none"
     source: str = ""
+    adapter: str = ""  # a PEFT LoRA adapter to merge into the source
     workdir: str = ""  # of a run: gives source, adapter and direction
     direction: str = ""  # a .pt or .safetensors file
     tensor: str = ""  # which one, where the file holds several
@@ -132,6 +133,8 @@ def _check(request: Request) -> None:
         problems.append("--source or --workdir has to name the model")
     if request.edit == "none" and request.direction:
         problems.append("--direction goes with --edit=orthogonalize or --edit=addition")
+    if request.adapter and request.workdir:
+        problems.append("--adapter goes with --source: a --workdir brings its own")
     if request.edit != "none" and not request.direction and not request.workdir:
         problems.append(f"--edit={request.edit} needs --direction or --workdir")
     if request.edit == "addition" and request.layer is None and request.direction:
@@ -169,10 +172,10 @@ def _origin(request: Request) -> Origin:
     source = locate(request.source or config.model.source)
     found = fingerprint(source)
     _check_model(source, found, recorded, request.workdir)
-    adapter = config.model.adapter
+    adapter = request.adapter or config.model.adapter
     if adapter and request.to == "peft":
         raise ExportError(
-            f"The run's model has the adapter {adapter} merged in, and an adapter of rank 1 cannot "
+            f"The model has the adapter {adapter} merged in, and an adapter of rank 1 cannot "
             "hold both. Convert to a Hugging Face directory instead."
         )
     ignore = tuple(config.model.ignore_config_fields)

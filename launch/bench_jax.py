@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from jax_refusal import pipeline as study_pipeline
 from jax_refusal import session as files
 from jax_refusal.artifacts import Workdir
 from jax_refusal.data.prompts import KINDS, builtin, load_prompts
-from jax_refusal.models import export, gguf_file
 from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime import collect as collection
 from jax_refusal.runtime import generate as generation
@@ -153,16 +151,6 @@ def select(task: Task) -> dict[str, Any]:
         "vectors": [directions[cell].tolist() for cell in both],
         "scores": [[c.kl_div_score, c.refusal_score, c.steering_score] for c in found],
     }
-
-
-def refusing(task: Task) -> dict[str, Any]:
-    """The model of `select` for the other side: where `from_pretrained` finds its weights."""
-    model = jr.load_model(task["source"], adapter=task["workflow"]["adapter"])
-    found, folder = locate(task["source"]), Path(task["folder"]) / "refusing"
-    original = gguf_file.read(found.gguf)[0] if found.gguf else found.config()
-    folder.mkdir()
-    export.write_hugging_face(model, original, folder, "float32")
-    return {"directory": str(folder), "gguf": None}
 
 
 def _without_compiling(call: Callable[[], Any], repeats: int) -> tuple[Any, dict[str, list[float]]]:
@@ -302,10 +290,13 @@ def _workdir(task: Task, run: int) -> str:
 
 
 def merged(task: Task) -> dict[str, Any]:
-    """The run's model, adapter merged, as a Hugging Face directory for the other side."""
+    """The model with its adapter, as a Hugging Face directory for the other side."""
     out = os.path.join(task["folder"], "merged")
-    request = conversion.Request(to="hf", out=out, workdir=_workdir(task, 0), dtype="float32")
-    return {"directory": str(conversion.convert(request, log=lambda message: None))}
+    if not os.path.exists(out):
+        asked = {"source": task["source"], "adapter": task["workflow"]["adapter"]}
+        request = conversion.Request(to="hf", out=out, dtype="float32", **asked)
+        conversion.convert(request, log=lambda message: None)
+    return {"directory": out}
 
 
 def scale_prompts(task: Task) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def select(spawn: Spawn, sizes: Sizes) -> list[Row]:
     ours = spawn("jax", "select")
     more = {name: ours[name] for name in ("cells", "vectors")}
     if ours["adapter"]:
-        more |= spawn("jax", "refusing")
+        more |= merged(spawn)
     theirs = spawn("hooks", "select", **more)
     each = [seconds / len(ours["cells"]) for seconds in theirs["seconds"]]
     gap = np.abs(np.array(ours["scores"]) - np.array(theirs["result"])).max()
@@ -156,6 +156,11 @@ def select(spawn: Spawn, sizes: Sizes) -> list[Row]:
         what = f"{count} candidates, {mode}"
         rows.append(row("select", what, "s", seconds, [s * count for s in each], **more))
     return rows
+
+
+def merged(spawn: Spawn) -> dict[str, Any]:
+    """Of the task: where the other side finds the model that has an adapter."""
+    return {"directory": spawn("jax", "merged")["directory"], "gguf": None}
 
 
 def generate(spawn: Spawn, sizes: Sizes) -> list[Row]:
@@ -219,7 +224,7 @@ def pipeline(spawn: Spawn, sizes: Sizes) -> list[Row]:
     asked = ("prompts", "conditions", "cells", "vectors", "direction", "layer", "stop_ids")
     more = {name: ours[name] for name in asked} | {"refusal_ids": ours["refusal_ids"]}
     if ours["adapter"]:
-        more |= {"directory": spawn("jax", "merged")["directory"], "gguf": None}
+        more |= merged(spawn)
     theirs = spawn("hooks", "pipeline", **more)
     parts = whole_workflow(theirs, ours["candidates"], len(ours["cells"]))
     pairs = [(ours["replies"][name][i], text) for name, i, text in theirs["replies"]]

@@ -1,6 +1,7 @@
 """Writes a model, edited or not, for other programs.
 
 python -m launch.convert --source=MODEL --to=orbax --out=DIR
+python -m launch.convert --source=MODEL --adapter=LORA --to=hf --out=DIR
 python -m launch.convert --workdir=RUN --edit=orthogonalize --to=hf --out=DIR
 python -m launch.convert --source=MODEL --direction=FILE --layer=14 --edit=addition \\
     --coefficient=-1 --to=gguf-control-vector --out=DIR
@@ -13,6 +14,7 @@ from absl import flags
 from launch import common
 
 SOURCE = flags.DEFINE_string("source", "", "A model source; empty is that of --workdir.")
+ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT LoRA adapter to merge into --source.")
 WORKDIR = flags.DEFINE_string("workdir", "", "A run with the direction (and source) to use.")
 DIRECTION = flags.DEFINE_string("direction", "", "A .pt or .safetensors file with a direction.")
 TENSOR = flags.DEFINE_string("tensor", "", "Name of the tensor, where that file holds several.")
@@ -35,6 +37,7 @@ def main(_: list[str]) -> None:
         out=OUT.value,
         edit=EDIT.value,
         source=SOURCE.value,
+        adapter=ADAPTER.value,
         workdir=WORKDIR.value,
         direction=DIRECTION.value,
         tensor=TENSOR.value,

@@ -142,6 +142,24 @@ def test_rows_of_the_workflow_and_of_scaling_from_what_workers_say() -> None:
     assert "0.5 s each and 1 s once" in text and "(from 2)" in text
 
 
+def test_the_model_that_refuses_is_the_other_sides_too() -> None:
+    mode = {"seconds": [6.0], "scored": {"induce": 3}, "floor": 2.0}
+    ours = {
+        **{"adapter": "some", "cells": [[0, 1]], "vectors": [[1.0]], "scores": [[1.0, 2.0, 3.0]]},
+        **{"candidates": 6, "bytes": {"weights": 2**20}, "full grid": mode, "default mode": mode},
+    }
+
+    def spawn(side: str, job: str, cache: str = "", **more: Any) -> dict[str, Any]:
+        if side == "hooks":
+            assert more["directory"] == "merged" and more["gguf"] is None
+            return {"seconds": [4.0], "result": [[1.0, 2.0, 3.5]]}
+        return {"select": ours, "merged": {"directory": "merged"}}[job] | {"peak_rss_mib": 2.0}
+
+    grid, default = bench_rows.select(spawn, bench_sizes.QUICK)
+    assert grid["theirs_over_ours"] == default["theirs_over_ours"] == 4 * 6 / 6
+    assert grid["agreement"] == 0.5 and grid["memory"]["peak_over_held"] == 2
+
+
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     drop = ("XLA_FLAGS",)  # the eight devices of the tests
     environment = {k: v for k, v in os.environ.items() if k not in drop}
@@ -179,7 +197,7 @@ def test_quick_run(tmp_path: Path) -> None:
     check_rows(report["rows"], bench_rows.JOBS)
     assert list(tmp_path.iterdir()) == [out]
     ran = {(worker["job"], worker["side"]) for worker in report["workers"]}
-    alone = {("machine", "jax"), ("merged", "jax"), ("refusing", "jax")}
+    alone = {("machine", "jax"), ("merged", "jax")}
     alone |= {(f"scale_{what}", "jax") for what in ("prompts", "candidates", "tokens")}
     assert ran == alone | {(job, side) for job in (*TINY, "pipeline") for side in SIDES}
     assert all(worker["peak_rss_mib"] > 100 for worker in report["workers"])

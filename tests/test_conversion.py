@@ -72,6 +72,20 @@ def hashes(folder: Path) -> dict[str, str]:
 # A Hugging Face directory
 
 
+def test_an_adapter_is_merged(tiny_dir: Path, vector: np.ndarray, tmp_path: Path):
+    model, adapter = jr.load_model(str(tiny_dir)), tmp_path / "adapter"
+    adapter.mkdir()
+    for name, content in lora.files(rank_one(model, vector), model.arch, "tiny", "float32").items():
+        (adapter / name).write_bytes(content)
+    out = converted(source=tiny_dir, adapter=adapter, to="hf", out=tmp_path / "out")
+    merged = jr.load_model(str(tiny_dir), adapter=str(adapter))
+    assert largest(jr.logits(merged, IDS) - jr.logits(model, IDS)) > 1e-2
+    assert_close(hf_logits(out), jr.logits(merged, IDS), PARITY)
+    assert f"| adapter merged in | `{adapter}`" in (out / "README.md").read_text()
+    with pytest.raises(ExportError, match="--adapter goes with --source"):
+        converted(workdir=tiny_dir, adapter=adapter, to="hf", out=tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}],

@@ -118,6 +118,13 @@ def test_system_prompt_on_and_off(chat: Chat):
     assert own.tokenizer_hash == chat.tokenizer_hash
 
 
+def test_many_prompts_are_those_that_few_are(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    texts = [f"Count to {i}" for i in range(7)]
+    expected = [ids for text in texts for ids in chat.encode([text])]
+    monkeypatch.setattr("jax_refusal.data.chat.AT_ONCE", 3)
+    assert chat.encode(texts) == expected
+
+
 def test_no_token_is_added_to_what_the_template_says(chat: Chat):
     prompt = chat.encode(["Hi"])[0]
     assert chat.tokenizer.decode(prompt) == chat.render("Hi")
