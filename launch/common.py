@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -89,9 +90,20 @@ def interrupts() -> list[int]:
     """The signals of Ctrl-C from now on, as they come; each is still raised as KeyboardInterrupt.
 
     Code in C that is interrupted while it calls back may raise an error of its own instead, such
-    as a SystemError: an error after Ctrl-C is an interruption whatever its type.
+    as a SystemError: an error after Ctrl-C is an interruption whatever its type. In a finalizer
+    or a callback of the garbage collector, Python drops what is raised: it is raised again once
+    that is over.
     """
     come: list[int] = []
+    dropped = sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            return dropped(lost)
+        main = threading.main_thread().ident
+        later = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+        later.daemon = True
+        later.start()
 
     def note(number: int, _: object) -> None:
         come.append(number)
@@ -99,6 +111,7 @@ def interrupts() -> list[int]:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup's choice stands
         signal.signal(signal.SIGINT, note)
+        sys.unraisablehook = again
     return come
 
 

@@ -100,19 +100,32 @@ def test_interrupted_gone_on_and_done(tiny_dir: Path, tmp_path: Path, cache: Pat
     assert f"{workdir} is complete: nothing to do." in again.stderr
 
 
-def test_an_error_that_hides_an_interrupt_is_an_interrupt(tmp_path: Path):
-    """As code in C makes of one that comes while it calls back."""
+HIDDEN = {
+    "by an error of code in C that called back": """
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt as stop:
+        raise SystemError("returned a result with an exception set") from stop
+""",
+    "by the garbage collector": """
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(90)  # the work that goes on
+""",
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+def test_an_interrupt_that_is_hidden_is_an_interrupt(how: str, tmp_path: Path):
     script = tmp_path / "entry.py"
     script.write_text(
-        "import os, signal, sys\n"
-        "from launch import common\n\n\n"
-        "def main(_):\n"
-        "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "        signal.pause()\n"
-        "    except KeyboardInterrupt as stop:\n"
-        "        raise SystemError('returned a result with an exception set') from stop\n\n\n"
-        "common.start(main, sys.argv)\n"
+        "import gc, os, signal, sys, time\n\nfrom launch import common\n\n\n"
+        f"def main(_):{HIDDEN[how]}\n\ncommon.start(main, sys.argv)\n"
     )
     result = subprocess.run(
         [sys.executable, str(script)],
@@ -120,7 +133,7 @@ def test_an_error_that_hides_an_interrupt_is_an_interrupt(tmp_path: Path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=60,
     )
     assert result.returncode == 130, result.stderr
     assert "Interrupted." in result.stderr and "Traceback" not in result.stderr
