@@ -90,7 +90,13 @@ class Chat:
         if not instructions:
             raise ChatError("No instructions were given.")
         parts = range(0, len(instructions), AT_ONCE)
-        prompts = [p for at in parts for p in self._tokens(instructions[at : at + AT_ONCE])]
+        # Ids that are equal are one object: a tokenizer makes one for each, three times the list.
+        same: dict[int, int] = {}
+        prompts = [
+            [same.setdefault(token, token) for token in prompt]
+            for at in parts
+            for prompt in self._tokens(instructions[at : at + AT_ONCE])
+        ]
         for i, prompt in enumerate(prompts):
             if self.context and len(prompt) > self.context:
                 raise ChatError(

@@ -11,6 +11,7 @@ a reply of at most S tokens never meets itself.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -50,8 +51,18 @@ class Sampling:
             keys = jax.vmap(noise_key)(number, count)
             return jax.vmap(jax.random.categorical)(keys, logits / self.temperature)
 
-        greedy = partial(jnp.argmax, logits, -1)
+        greedy = partial(largest, logits)
         return jax.lax.cond(self.temperature > 0, sample, greedy).astype(jnp.int32)
+
+
+def largest(logits: jax.Array) -> jax.Array:  # [B, V] -> [B]
+    """`argmax`, in two steps: a CPU takes maxima of groups many at a time, but looks for where
+    they are one by one, which for 96 rows would be a twelfth of a decode step."""
+    size = math.gcd(logits.shape[-1], 256)
+    groups = logits.reshape(len(logits), -1, size)
+    group = jnp.argmax(groups.max(-1), -1)
+    own = jnp.take_along_axis(groups, group[:, None, None], 1)[:, 0]
+    return group * size + jnp.argmax(own, -1)
 
 
 @jax.tree_util.register_dataclass
