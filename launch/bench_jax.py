@@ -250,7 +250,8 @@ def pipeline(task: Task) -> dict[str, Any]:
     prompts = {s: encoded([texts.texts(k, s) for k in KINDS]) for s in ("train", "val", "test")}
     for split in ("train", "val"):
         prompts[f"{split}_kept"] = encoded([kept[kind][split]["kept"] for kind in KINDS])
-    data, rows = config.data, config.generate.batch_size
+    data = config.data
+    rows = min(config.generate.batch_size, data.n_test * len(stages.CONDITIONS))
     longest = max(len(ids) for kind in prompts["test"] for ids in kind["ids"])
     cache = cache_bytes(arch, rows, longest + config.generate.max_new_tokens)
     return times | {

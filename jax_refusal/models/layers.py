@@ -88,6 +88,29 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return jnp.tanh(x / cap) * cap if cap else x
 
 
+def accelerated() -> bool:
+    """Whether the default device is a GPU or a TPU."""
+    return jax.default_backend() != "cpu"
+
+
+def attend(
+    q: jax.Array,  # [B, T, H, K]
+    k: jax.Array,  # [B, G, K, C]
+    v: jax.Array,  # [B, G, C, K]
+    allowed: jax.Array,  # [B, T, C] bool
+    scale: float,
+    cap: float = 0.0,
+    sinks: jax.Array | None = None,  # [H]
+) -> jax.Array:  # [B, T, H, K]
+    """Grouped-query attention: on GPUs and TPUs JAX's own, which picks what runs best there. It
+    knows neither caps nor sinks, and a CPU is slower with it."""
+    if cap or sinks is not None or not accelerated():
+        return dot_product_attention(q, k, v, allowed, scale, cap, sinks)
+    k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
+    with jax.default_matmul_precision("highest"):  # PRECISION: it takes no argument for that
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], scale=scale)
+
+
 def dot_product_attention(
     q: jax.Array,  # [B, T, H, K]
     k: jax.Array,  # [B, G, K, C]
@@ -97,7 +120,7 @@ def dot_product_attention(
     cap: float = 0.0,
     sinks: jax.Array | None = None,  # [H]
 ) -> jax.Array:  # [B, T, H, K]
-    """Grouped-query attention; the softmax is in float32.
+    """Grouped-query attention in the order of axes that suits a CPU; the softmax is in float32.
 
     A sink is one more score in its head's softmax, with nothing to read behind it.
 
