@@ -37,10 +37,10 @@ means of many prompts) runs --grid_repeats times with no call before, and the se
 compiled are taken off (they are in the JSON).
 
 The floor is what float32 products cannot beat on this machine: 2 x the matmul weights that are
-needed x tokens over the rate of a 2048^3 product, every real token once, the shared prefix once for
-each edit, and nothing else (no attention scores, no norms). For a decode step it is the larger of
-that and of reading weights and key/value cache once, at the rate of a copy of 1 GB. The rates are
-measured in the same run: machines differ and are noisy, so trust ratios.
+needed x tokens over the rate of a 2048^3 product (of the faster side), every real token once, the
+shared prefix once for each edit, and nothing else (no attention scores, no norms). For a decode
+step it is the larger of that and of reading weights and key/value cache once, at the rate of a copy
+of 1 GB. The rates are measured in the same run: machines differ and are noisy, so trust ratios.
 
 Flags and processes are here; what is compared in bench_rows.py, the table in bench_table.py, the
 two sides in bench_jax.py and bench_hooks.py, the floors in bench_floor.py.
@@ -127,7 +127,7 @@ def main(_: list[str]) -> None:
             report["workers"].append(worker)
             return result
 
-        task["peaks"] = report["machine"]["peaks"] = spawn("jax", "machine")["peaks"]
+        task["peaks"] = report["machine"]["peaks"] = bench_rows.machine(spawn)
         for job in (job for job in JOBS if job in FLAGS.jobs):
             report["rows"] += bench_rows.JOBS[job](spawn, sizes)
             # After each job, so that an interrupt loses one.

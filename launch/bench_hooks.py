@@ -27,6 +27,14 @@ Inputs = dict[str, Tensor]  # input_ids and attention_mask, [B, T]
 BATCH = 32
 
 
+def machine(task: Task) -> dict[str, Any]:
+    """The rate of this side's float32 products [GFLOP/s]."""
+    side = task["sizes"]["matmul"]
+    a = torch.ones(side, side)
+    seconds = timed(lambda: a @ a, 20)["seconds"]
+    return {"gflops": 2 * side**3 / min(seconds) / 1e9}
+
+
 def source(task: Task) -> dict[str, Any]:
     """Where `from_pretrained` finds the model."""
     gguf = {"gguf_file": task["gguf"]} if task["gguf"] else {}

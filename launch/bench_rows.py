@@ -29,6 +29,17 @@ def timed(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
     return {"first": times[0], "seconds": times[1:], "result": result}
 
 
+def machine(spawn: Spawn) -> dict[str, float]:
+    """The rates that floors are made of: of products, the faster of the two sides'."""
+    ours, theirs = (spawn(side, "machine") for side in ("jax", "hooks"))
+    return {
+        "gflops": max(ours["gflops"], theirs["gflops"]),
+        "xla_gflops": ours["gflops"],
+        "torch_gflops": theirs["gflops"],
+        "gb_s": ours["gb_s"],
+    }
+
+
 def task_of(source: str, sizes: Sizes, paper_dir: str = "") -> dict[str, Any]:
     """What both sides work on, as JSON values: where the model lies, and encoded prompts.
 

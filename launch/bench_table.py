@@ -46,8 +46,9 @@ def table(report: dict[str, Any]) -> str:
             "ours, theirs: median [min–max]; (from k): extrapolated from k candidates to all.",
             "theirs/ours: their time over ours on the same job; above 1, ours is faster.",
             "ours/floor: our time over the least that this machine could take; 1 cannot be beaten.",
-            f"machine: {peaks['gflops']:.0f} GFLOP/s in float32 products, {peaks['gb_s']:.1f} GB/s "
-            "copied (read + written)",
+            f"machine: {peaks['gflops']:.0f} GFLOP/s in float32 products (XLA "
+            f"{peaks['xla_gflops']:.0f}, PyTorch {peaks['torch_gflops']:.0f}), "
+            f"{peaks['gb_s']:.1f} GB/s copied (read + written)",
             "peak memory [MiB]: " + ", ".join(f"{k} {v:.0f}" for k, v in most.items()),
             *held(report["rows"]),
         ]

@@ -61,7 +61,7 @@ def test_the_sides_agree_on_a_tiny_model(tiny_dir: Path) -> None:
         found = getattr(SIDES[side], job)(task | more)
         return json.loads(json.dumps(found)) | {"began": began, "peak_rss_mib": 1.0}
 
-    task = json.loads(json.dumps(task)) | {"peaks": spawn("jax", "machine")["peaks"]}
+    task = json.loads(json.dumps(task)) | {"peaks": bench_rows.machine(spawn)}
     rows = [row for job in TINY for row in bench_rows.JOBS[job](spawn, sizes)]
     check_rows(rows, TINY)
     worker = {"job": "collect", "side": "jax", "peak_rss_mib": 1.0}
@@ -136,8 +136,10 @@ def test_rows_of_the_workflow_and_of_scaling_from_what_workers_say() -> None:
     assert "the ratio says nothing" in line["note"]
     fits = [(row["fit"]["slope"], row["fit"]["intercept"]) for row in scaled]
     assert fits == [pytest.approx(x) for x in ((0.5, 1), (0, 6), (1, 0), (0.25, 0))]
-    report = {"rows": [line, *scaled], "machine": {"peaks": {"gflops": 1, "gb_s": 1}}}
-    text = bench_table.table(report | {"workers": []})
+    rates = {"gflops": 2, "xla_gflops": 1, "torch_gflops": 2, "gb_s": 1}
+    report = {"rows": [line, *scaled], "machine": {"peaks": rates}, "workers": []}
+    text = bench_table.table(report)
+    assert "machine: 2 GFLOP/s in float32 products (XLA 1, PyTorch 2), 1.0 GB/s" in text
     assert "pipeline 3 (weights of 1 MiB and 1 of cache)" in text
     assert "0.5 s each and 1 s once" in text and "(from 2)" in text
 
@@ -197,9 +199,9 @@ def test_quick_run(tmp_path: Path) -> None:
     check_rows(report["rows"], bench_rows.JOBS)
     assert list(tmp_path.iterdir()) == [out]
     ran = {(worker["job"], worker["side"]) for worker in report["workers"]}
-    alone = {("machine", "jax"), ("merged", "jax")}
+    alone = {("merged", "jax")}
     alone |= {(f"scale_{what}", "jax") for what in ("prompts", "candidates", "tokens")}
-    assert ran == alone | {(job, side) for job in (*TINY, "pipeline") for side in SIDES}
+    assert ran == alone | {(job, side) for job in ("machine", *TINY, "pipeline") for side in SIDES}
     assert all(worker["peak_rss_mib"] > 100 for worker in report["workers"])
     assert report["machine"]["versions"]["torch"] != "not installed"
     assert report["command"].endswith(f"--quick --out={out}")
