@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -20,6 +19,7 @@ from jax_refusal.models.names import NUMBERS, Row, rows
 from jax_refusal.models.transformer import Transformer
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+OPEN_FOR = 2**28  # bytes read of a file before it is opened anew
 
 
 class ConversionError(ValueError):
@@ -39,32 +39,50 @@ class Tensor:
 
 def safetensors(files: list[Path], packed: bool = False) -> dict[str, Tensor]:
     """The tensors of some safetensors files, unread. packed: some of them as pairs of MXFP4."""
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            handle = safe_open(path, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(
-                f"{path} is not a complete safetensors file ({error}). Fetch it again."
-            ) from None
-        for name in handle.keys():  # noqa: SIM118 (a handle, not a dict)
-            part = handle.get_slice(name)
+        file = _File(path)
+        for name in file.handle.keys():  # noqa: SIM118 (a handle, not a dict)
+            part = file.handle.get_slice(name)
             allowed = {"U8"} if packed and names.PACKED.fullmatch(name) else FLOATS
             if part.get_dtype() not in allowed:
                 raise ConversionError(
                     f"{name} in {path.name} is stored as {part.get_dtype()}; supported are "
                     f"{sorted(allowed)}. Quantised weights have to be dequantised first."
                 )
-            tensors[name] = Tensor(tuple(part.get_shape()), partial(_slice, part))
+            tensors[name] = Tensor(tuple(part.get_shape()), partial(file.read, name))
     return tensors
 
 
-def _slice(part: Any, slices: tuple[slice, ...]) -> np.ndarray:
-    """Part of a stored tensor; steps are taken here, since not every reader of files knows them."""
-    steps = tuple(slice(None, None, each.step) for each in slices)
-    return part[tuple(slice(each.start, each.stop) for each in slices)][steps]
+class _File:
+    """A mapped safetensors file. What was read of a mapping counts as this process's memory until
+    it is closed: it is opened anew from time to time, or loading would seem to take twice the
+    weights."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._open()
+
+    def _open(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self.handle = safe_open(self.path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(
+                f"{self.path} is not a complete safetensors file ({error}). Fetch it again."
+            ) from None
+        self.unread = OPEN_FOR
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor; steps are taken here, since not every reader of files knows them."""
+        if self.unread <= 0:
+            self._open()
+        steps = tuple(slice(None, None, each.step) for each in slices)
+        plain = tuple(slice(each.start, each.stop) for each in slices)
+        found = self.handle.get_slice(name)[plain]
+        self.unread -= found.nbytes
+        return found[steps]
 
 
 def load(

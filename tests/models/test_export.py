@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal import sharding
@@ -73,6 +74,24 @@ def test_shards_and_their_index(tiny_dir: Path, model: Transformer, tmp_path: Pa
     again = jr.load_model(str(folder))
     for path, leaf in model.leaves().items():
         np.testing.assert_array_equal(again.leaves()[path], leaf, err_msg=path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is resident")
+def test_a_file_that_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Loading takes the weights and not their file too, and reads what is there."""
+    monkeypatch.setattr(convert, "OPEN_FOR", 2**22)
+    given = {f"w{i}": np.full((2**10, 2**10), i, np.float32) for i in range(16)}  # 4 MiB each
+    save_file(given, tmp_path / "model.safetensors")
+
+    def resident() -> int:  # MiB of mapped files
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssFile:")[1].split()[0]) // 2**10
+
+    tensors, before = convert.safetensors([tmp_path / "model.safetensors"]), resident()
+    for name, expected in given.items():
+        assert np.array_equal(tensors[name][3:9, ::2], expected[3:9, ::2])
+        assert np.array_equal(tensors[name][:, :], expected)
+        assert resident() - before < 20  # of 64
 
 
 def test_tensors_fit_the_table_they_came_from(checkpoint: Checkpoint):
