@@ -90,9 +90,13 @@ def load(
     tensors: Mapping[str, Tensor],
     mesh: Mesh,
     dtype: np.dtype,
+    *,
+    donatable: bool = False,
 ) -> Transformer:
     """Builds the model on the mesh, reading only the slices that this process's devices need.
 
+    donatable: a program is to write over the weights, for which a CPU needs a copy of what was
+    read; otherwise it computes with the memory that was read into.
     Raises ConversionError naming every missing, unused, misshapen or non-finite tensor.
     """
     tensors = names.unwrapped(arch, tensors)
@@ -100,6 +104,7 @@ def load(
     check(arch, tensors)
     broken: list[str] = []
     leaves = {}
+    empty = np.empty if donatable else _aligned
     for row in rows(arch):
         logical = declaration.axes(arch)[row.path]
         shape = declaration.shape(arch, logical)
@@ -109,7 +114,7 @@ def load(
             ranges = [range(*i.indices(size)) for i, size in zip(index, shape, strict=True)]
             key = str(index)
             if key not in parts:
-                parts[key] = _read(arch, tensors, row, ranges, dtype, broken)
+                parts[key] = _read(arch, tensors, row, ranges, dtype, broken, empty)
             return parts[key]
 
         leaves[row.path] = jax.make_array_from_callback(
@@ -209,6 +214,7 @@ def _read(
     ranges: list[range],  # of every axis of the leaf
     dtype: np.dtype,
     broken: list[str],
+    empty: Callable[..., np.ndarray],
 ) -> np.ndarray:
     """One slice of a leaf; appends the names of tensors with NaN or infinity to `broken`."""
     logical = declaration.axes(arch)[row.path]
@@ -230,7 +236,7 @@ def _read(
         slice(None) if a in firsts else slice(wanted[a].start, wanted[a].stop) for a in own
     )
     # Filled tensor by tensor: a list of them and its stack would be two copies.
-    leaf = np.empty([len(wanted[axis]) for axis in logical], dtype)
+    leaf = empty([len(wanted[axis]) for axis in logical], dtype)
     places = itertools.product(*(range(len(wanted[axis])) for axis in counted))
     numbers = _each(arch, row, [wanted[axis] for axis in counted])
     for place, (_, name) in zip(places, numbers, strict=True):
@@ -239,6 +245,14 @@ def _read(
             broken.append(name)
         leaf[place] = block.reshape(sizes).transpose(order)[others]
     return leaf
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """`numpy.empty` where XLA asks for arrays to begin, so that a CPU takes it as it is."""
+    size, at = math.prod(shape) * dtype.itemsize, 64
+    raw = np.empty(size + at, np.uint8)
+    start = -raw.ctypes.data % at
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def numpy_dtype(name: str) -> np.dtype:

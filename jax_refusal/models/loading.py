@@ -31,7 +31,7 @@ def load_model(
     if found.orbax is not None:
         model = checkpoint.load(arch, found.orbax, mesh, numpy_dtype)
     else:
-        model = convert.load(arch, tensors, mesh, numpy_dtype)
+        model = convert.load(arch, tensors, mesh, numpy_dtype, donatable=bool(adapter))
     if adapter:
         import jax
 

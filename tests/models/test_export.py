@@ -94,6 +94,22 @@ def test_a_file_that_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.Monk
         assert resident() - before < 20  # of 64
 
 
+def test_weights_stay_in_the_memory_they_are_read_into(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[np.ndarray] = []
+    own = convert._aligned
+
+    def noted(*size) -> np.ndarray:
+        read.append(own(*size))
+        return read[-1]
+
+    monkeypatch.setattr(convert, "_aligned", noted)
+    leaves = jr.load_model(str(tiny_dir)).leaves().values()
+    places = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in leaves]
+    assert sorted(places) == sorted(array.ctypes.data for array in read)
+
+
 def test_tensors_fit_the_table_they_came_from(checkpoint: Checkpoint):
     for fields in CONFIGS.values():
         model = jr.load_model(str(checkpoint(**fields)))
