@@ -74,6 +74,7 @@ def start(
         raise
     except BaseException as error:
         if interrupted or isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that is raised again comes late
             print(f"\nInterrupted. {stopped}".rstrip(), file=sys.stderr)
             sys.exit(130)
         if not isinstance(error, ValueError | flags.Error):
@@ -91,8 +92,8 @@ def interrupts() -> list[int]:
 
     Code in C that is interrupted while it calls back may raise an error of its own instead, such
     as a SystemError: an error after Ctrl-C is an interruption whatever its type. In a finalizer
-    or a callback of the garbage collector, Python drops what is raised: it is raised again once
-    that is over.
+    or a callback of the garbage collector, Python drops what is raised: the signal is sent again
+    shortly after.
     """
     come: list[int] = []
     dropped = sys.unraisablehook

@@ -90,7 +90,8 @@ class Chat:
         if not instructions:
             raise ChatError("No instructions were given.")
         parts = range(0, len(instructions), AT_ONCE)
-        # Ids that are equal are one object: a tokenizer makes one for each, three times the list.
+        # Equal ids are one object: a tokenizer makes a new one each time, and all of them would
+        # take three times the memory of the lists.
         same: dict[int, int] = {}
         prompts = [
             [same.setdefault(token, token) for token in prompt]

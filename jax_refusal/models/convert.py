@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -19,7 +20,7 @@ from jax_refusal.models.names import NUMBERS, Row, rows
 from jax_refusal.models.transformer import Transformer
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
-OPEN_FOR = 2**28  # bytes read of a file before it is opened anew
+OPEN_FOR = 2**28  # bytes that are read before the files are opened anew
 
 
 class ConversionError(ValueError):
@@ -40,48 +41,51 @@ class Tensor:
 def safetensors(files: list[Path], packed: bool = False) -> dict[str, Tensor]:
     """The tensors of some safetensors files, unread. packed: some of them as pairs of MXFP4."""
     tensors: dict[str, Tensor] = {}
+    opened = _Files()
     for path in files:
-        file = _File(path)
-        for name in file.handle.keys():  # noqa: SIM118 (a handle, not a dict)
-            part = file.handle.get_slice(name)
+        handle = opened.handle(path)
+        for name in handle.keys():  # noqa: SIM118 (a handle, not a dict)
+            part = handle.get_slice(name)
             allowed = {"U8"} if packed and names.PACKED.fullmatch(name) else FLOATS
             if part.get_dtype() not in allowed:
                 raise ConversionError(
                     f"{name} in {path.name} is stored as {part.get_dtype()}; supported are "
                     f"{sorted(allowed)}. Quantised weights have to be dequantised first."
                 )
-            tensors[name] = Tensor(tuple(part.get_shape()), partial(file.read, name))
+            tensors[name] = Tensor(tuple(part.get_shape()), partial(opened.read, path, name))
     return tensors
 
 
-class _File:
-    """A mapped safetensors file. What was read of a mapping counts as this process's memory until
-    it is closed: it is opened anew from time to time, or loading would seem to take twice the
-    weights."""
+class _Files:
+    """Mapped safetensors files. What was read of a mapping counts as this process's memory until it
+    is closed: all are, each time that OPEN_FOR bytes were read, or loading would seem to take the
+    weights twice."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._open()
+    def __init__(self) -> None:
+        self.handles: dict[Path, Any] = {}
+        self.left = OPEN_FOR
 
-    def _open(self) -> None:
+    def handle(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        try:
-            self.handle = safe_open(self.path, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(
-                f"{self.path} is not a complete safetensors file ({error}). Fetch it again."
-            ) from None
-        self.unread = OPEN_FOR
+        if path not in self.handles:
+            try:
+                self.handles[path] = safe_open(path.resolve(), framework="np")
+            except (SafetensorError, OSError) as error:
+                raise ConversionError(
+                    f"{path} is not a complete safetensors file ({error}). Fetch it again."
+                ) from None
+        return self.handles[path]
 
-    def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    def read(self, path: Path, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """Part of a tensor; steps are taken here, since not every reader of files knows them."""
-        if self.unread <= 0:
-            self._open()
         steps = tuple(slice(None, None, each.step) for each in slices)
         plain = tuple(slice(each.start, each.stop) for each in slices)
-        found = self.handle.get_slice(name)[plain]
-        self.unread -= found.nbytes
+        found = self.handle(path).get_slice(name)[plain]
+        self.left -= found.nbytes
+        if self.left <= 0:
+            self.handles.clear()
+            self.left = OPEN_FOR
         return found[steps]
 
 
@@ -95,8 +99,8 @@ def load(
 ) -> Transformer:
     """Builds the model on the mesh, reading only the slices that this process's devices need.
 
-    donatable: a program is to write over the weights, for which a CPU needs a copy of what was
-    read; otherwise it computes with the memory that was read into.
+    donatable: a program will write over the weights. A CPU can do that only in memory of its own,
+    into which it copies what was read; otherwise it computes in the memory that was read into.
     Raises ConversionError naming every missing, unused, misshapen or non-finite tensor.
     """
     tensors = names.unwrapped(arch, tensors)
@@ -104,7 +108,7 @@ def load(
     check(arch, tensors)
     broken: list[str] = []
     leaves = {}
-    empty = np.empty if donatable else _aligned
+    empty = partial(_empty, aligned=not donatable)
     for row in rows(arch):
         logical = declaration.axes(arch)[row.path]
         shape = declaration.shape(arch, logical)
@@ -247,11 +251,12 @@ def _read(
     return leaf
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """`numpy.empty` where XLA asks for arrays to begin, so that a CPU takes it as it is."""
+def _empty(shape: list[int], dtype: np.dtype, aligned: bool) -> np.ndarray:
+    """`numpy.empty` where XLA asks for arrays to begin, so that a CPU takes it as it is; or not
+    there, so that it copies."""
     size, at = math.prod(shape) * dtype.itemsize, 64
-    raw = np.empty(size + at, np.uint8)
-    start = -raw.ctypes.data % at
+    raw = np.empty(size + 2 * at, np.uint8)
+    start = -raw.ctypes.data % at + (0 if aligned else dtype.itemsize)
     return raw[start : start + size].view(dtype).reshape(shape)
 
 

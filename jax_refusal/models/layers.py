@@ -102,12 +102,12 @@ def attend(
     cap: float = 0.0,
     sinks: jax.Array | None = None,  # [H]
 ) -> jax.Array:  # [B, T, H, K]
-    """Grouped-query attention: on GPUs and TPUs JAX's own, which picks what runs best there. It
-    knows neither caps nor sinks, and a CPU is slower with it."""
+    """Grouped-query attention: on GPUs and TPUs JAX's own, as JAX implements it there. It knows
+    neither caps nor sinks, and a CPU wants its operands in another order."""
     if cap or sinks is not None or not accelerated():
         return dot_product_attention(q, k, v, allowed, scale, cap, sinks)
     k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
-    with jax.default_matmul_precision("highest"):  # PRECISION: it takes no argument for that
+    with jax.default_matmul_precision(PRECISION.name.lower()):  # it takes no argument for that
         return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], scale=scale)
 
 
