@@ -209,6 +209,14 @@ def test_which_edit_is_whose(model: Transformer, case: Case) -> None:
             generate(model, case.prompts, case.edits, row_edit=wrong, **options)
 
 
+@pytest.mark.parametrize("vocab", [512, 450, 7])
+def test_the_next_token_is_the_first_of_the_largest(vocab: int) -> None:
+    """In groups of 256, of 2, of 1; few values, so that rows have many ties."""
+    logits = np.random.default_rng(0).integers(4, size=(40, vocab)).astype(np.float32)
+    logits[0], logits[1, : vocab // 2] = -np.inf, -np.inf
+    np.testing.assert_array_equal(decode.largest(jnp.asarray(logits)), logits.argmax(-1))
+
+
 def test_pools_are_of_about_one_length() -> None:
     lengths = [3, 64, 65, 128, 129, 10, 1000]
     found = [pool.tolist() for pool in pools(lengths)]

@@ -93,24 +93,6 @@ def accelerated() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def attend(
-    q: jax.Array,  # [B, T, H, K]
-    k: jax.Array,  # [B, G, K, C]
-    v: jax.Array,  # [B, G, C, K]
-    allowed: jax.Array,  # [B, T, C] bool
-    scale: float,
-    cap: float = 0.0,
-    sinks: jax.Array | None = None,  # [H]
-) -> jax.Array:  # [B, T, H, K]
-    """Grouped-query attention: on GPUs and TPUs JAX's own, as JAX implements it there. It knows
-    neither caps nor sinks, and a CPU wants its operands in another order."""
-    if cap or sinks is not None or not accelerated():
-        return dot_product_attention(q, k, v, allowed, scale, cap, sinks)
-    k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
-    with jax.default_matmul_precision(PRECISION.name.lower()):  # it takes no argument for that
-        return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], scale=scale)
-
-
 def dot_product_attention(
     q: jax.Array,  # [B, T, H, K]
     k: jax.Array,  # [B, G, K, C]
@@ -120,13 +102,18 @@ def dot_product_attention(
     cap: float = 0.0,
     sinks: jax.Array | None = None,  # [H]
 ) -> jax.Array:  # [B, T, H, K]
-    """Grouped-query attention in the order of axes that suits a CPU; the softmax is in float32.
+    """Grouped-query attention; the softmax is in float32.
 
     A sink is one more score in its head's softmax, with nothing to read behind it.
 
-    The queries of a group share one product with its keys, and both products have their operands
-    as a batch of plain matrices: other orders of the axes cost a CPU half as much again.
+    GPUs and TPUs run JAX's own, which knows neither caps nor sinks. Here the queries of a group
+    share one product with its keys, and both products have their operands as a batch of plain
+    matrices: other orders of the axes cost a CPU half as much again.
     """
+    if accelerated() and not cap and sinks is None:
+        k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
+        with jax.default_matmul_precision(PRECISION.name.lower()):  # it takes no argument for that
+            return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], scale=scale)
     B, T, H, K = q.shape
     G, C = k.shape[1], k.shape[3]
     q = q.swapaxes(1, 2).reshape(B, G, H // G * T, K)

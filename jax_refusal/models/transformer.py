@@ -193,7 +193,9 @@ class Transformer(nnx.Module):
                     q = q * pick(growth).astype(q.dtype)
                 near = allowed if window is None else allowed & (distance < window)
                 sinks = block.sinks[...] if arch.sinks else None
-                return layers.attend(q, k, v, pick(near), arch.score_scale, arch.score_cap, sinks)
+                return layers.dot_product_attention(
+                    q, k, v, pick(near), arch.score_scale, arch.score_cap, sinks
+                )
 
             if arch.global_head_width:
                 where = (arch, self.stacks if blocks is None else block.stacks, index)

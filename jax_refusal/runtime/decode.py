@@ -57,8 +57,8 @@ class Sampling:
 
 
 def largest(logits: jax.Array) -> jax.Array:  # [B, V] -> [B]
-    """`argmax`, on a CPU in two steps: it takes maxima of groups many at a time, but looks for
-    where they are one by one, which for 96 rows would be a twelfth of a decode step."""
+    """`argmax` of logits without NaN, on a CPU in two steps: it takes maxima of groups many at a
+    time, but looks for where they are one by one, for 96 rows a twelfth of a decode step."""
     size = 1 if accelerated() else math.gcd(logits.shape[-1], 256)
     if size == 1:
         return jnp.argmax(logits, -1)

@@ -4,6 +4,7 @@ Letters: B batch row, T token, C context token, G key/value heads, H query heads
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     jax.clear_caches()
 
 
+@contextmanager
+def as_on_a_cpu() -> Iterator[None]:
+    """What is traced inside is traced as everywhere else in the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "accelerated", lambda: False)
+        jax.clear_caches()
+        yield
+
+
 def test_jax_s_attention_is_ours(accelerated: list[int]) -> None:
     """Grouped heads, any mask; a token that may see nothing gets a finite answer."""
     B, T, C, G, H, K = 2, 5, 9, 2, 6, 8
@@ -50,8 +60,10 @@ def test_jax_s_attention_is_ours(accelerated: list[int]) -> None:
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     allowed = rng.random((B, T, C)) < 0.5
     allowed[..., 0], allowed[0, 1] = True, False
-    theirs = layers.attend(q, k, v, jnp.asarray(allowed), 0.3)
-    ours = layers.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
+    theirs = layers.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
+    assert accelerated == [1]
+    with as_on_a_cpu():
+        ours = layers.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
     assert accelerated == [1]
     assert_close(theirs, ours, ROUNDING)
 
@@ -65,9 +77,7 @@ def test_packed_rows_behind_a_prefix(
     prompts, edit = sharing(model, 9, (21, 14, 30, 12, 25)), some_edit(model)
     packed = collect.last_logits(model, prompts, edit, row_tokens=48)
     assert accelerated
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "accelerated", lambda: False)
-        jax.clear_caches()
+    with as_on_a_cpu():
         expected = one_by_one(model, prompts, edit)
     assert_close(packed, expected, INVARIANCE)
 
@@ -78,9 +88,7 @@ def test_replies(model: Transformer, accelerated: list[int]) -> None:
     options: Any = {"stop_ids": (), "max_new_tokens": 12, "batch_size": 2}
     theirs = generate(model, prompts, nothing(model), **options)
     assert accelerated
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "accelerated", lambda: False)
-        jax.clear_caches()
+    with as_on_a_cpu():
         assert theirs == generate(model, prompts, nothing(model), **options)
 
 

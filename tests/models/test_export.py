@@ -15,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 import jax_refusal as jr
 from jax_refusal import sharding
 from jax_refusal.models import checkpoint as orbax
-from jax_refusal.models import convert, declaration, export
+from jax_refusal.models import convert, declaration, export, loading
 from jax_refusal.models.convert import ConversionError
 from jax_refusal.models.export import ExportError
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.sources import locate
 from jax_refusal.study.orthogonalize import bake_addition, orthogonalize
 from tests.tolerances import assert_close
 
@@ -111,6 +112,15 @@ def test_weights_stay_in_the_memory_they_are_read_into(
     leaves = jr.load_model(str(tiny_dir)).leaves().values()
     places = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in leaves]
     assert sorted(places) == sorted(array.ctypes.data for array in read)
+
+    # Where a program will write over them, a CPU needs memory of its own.
+    read.clear()
+    arch, tensors = loading.read_checkpoint(locate(str(tiny_dir)))
+    whole = convert.load(
+        arch, tensors, sharding.make_mesh(), np.dtype(np.float32), donatable=True
+    ).leaves()
+    places = {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in whole.values()}
+    assert read and not places & {array.ctypes.data for array in read}
 
 
 def test_tensors_fit_the_table_they_came_from(checkpoint: Checkpoint):
