@@ -1,4 +1,4 @@
-"""Key/value memory of a decoder, and the batch that is run against it.
+"""What a decoder remembers of the tokens before, and the batch that is run against it.
 
 Letters: B batch row, T token, C context slot, L layers, G key/value heads, K head width, N prefix
 tokens. Segments say which tokens may see each other: 0 is padding, SHARED is seen by every segment
@@ -7,17 +7,27 @@ shared ones) whose position is not after its own; where in the row a token lies 
 """
 
 import dataclasses
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.models.architecture import Architecture
+from jax_refusal.models import spec
+from jax_refusal.models.spec import Architecture
 from jax_refusal.sharding import constrain
 
 PADDING, SHARED = 0, -1
+
+# What mixers remember, by name: the logical axes of one layer's array. Keys lie with their slots
+# last: so a product with queries needs no transposed copy of them.
+SLOTS = "slots"
+AXES: dict[str, tuple[str, ...]] = {
+    "k": ("batch", "kv_heads", "head_width", SLOTS),
+    "v": ("batch", "kv_heads", SLOTS, "head_width"),
+}
+# One slot's arrays, stacked on its layers; those of one layer; or none, of layers that read others'.
+Entry = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -43,94 +53,100 @@ class Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Keys and values of the tokens seen so far, with room for more.
+    """The mixers' memory of the tokens seen so far, with room for more."""
 
-    Keys lie with their slots last: so a product with queries needs no transposed copy of them.
-    """
-
-    k: jax.Array | tuple[jax.Array, ...]  # [L, B, G, K, C], or L times [B, G, K, C]
-    v: jax.Array | tuple[jax.Array, ...]  # [L, B, G, C, K], or L times [B, G, C, K]
-    # L are the layers with keys of their own; where heads are of two widths, see `kinds`.
+    # By slot of the model (see `spec.slots`): arrays stacked on its layers, or one entry a layer.
+    entries: tuple[Entry | tuple[Entry, ...], ...]
     positions: jax.Array  # [B, C]
     segments: jax.Array  # [B, C], PADDING where nothing is stored
     length: jax.Array  # int32 scalar: the slot that the next token goes to
 
     def repeat(self, times: int) -> "Cache":
         """Every row `times` times in succession."""
-        return dataclasses.replace(
-            self,
-            k=jnp.repeat(jnp.asarray(self.k), times, 1),
-            v=jnp.repeat(jnp.asarray(self.v), times, 1),
-            positions=jnp.repeat(self.positions, times, 0),
-            segments=jnp.repeat(self.segments, times, 0),
-        )
+        return self._rows(lambda x, axis: jnp.repeat(x, times, axis))
 
     def take(self, rows: jax.Array) -> "Cache":
         """The rows at the given indices [B]."""
+        return self._rows(lambda x, axis: jnp.take(x, rows, axis))
+
+    def _rows(self, change: Callable[[jax.Array, int], jax.Array]) -> "Cache":
+        """Of a stacked cache: change(array, axis of its rows)."""
         return dataclasses.replace(
             self,
-            k=jnp.asarray(self.k)[:, rows],
-            v=jnp.asarray(self.v)[:, rows],
-            positions=self.positions[rows],
-            segments=self.segments[rows],
+            entries=jax.tree.map(lambda x: change(x, 1), self.entries),
+            positions=change(self.positions, 0),
+            segments=change(self.segments, 0),
         )
 
     def put(self, rows: jax.Array, other: "Cache") -> "Cache":
-        """Rows of another cache [G] at the given places [G] of this one (outside of it: nowhere),
-        from the first slot on; what those rows remembered is gone, were it NaN."""
-        more = self.positions.shape[1] - other.positions.shape[1]
+        """Rows of another cache at the given rows of this one (outside of it: nowhere), from the
+        first slot on; what those rows remembered is gone, were it NaN."""
 
-        def layer(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-            wide = jnp.pad(new, [(0, more * (i == axis)) for i in range(new.ndim)])
-            return old.at[rows].set(wide, mode="drop")
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            more = [(0, a - b) for a, b in zip(old.shape[1:], new.shape[1:], strict=True)]
+            return old.at[rows].set(jnp.pad(new, [(0, 0), *more]), mode="drop")
 
-        def every(old: Any, new: Any, axis: int) -> Any:
+        def entry(old: Entry | tuple[Entry, ...], new: Entry | tuple[Entry, ...]):
             if isinstance(old, tuple):
-                return tuple(layer(*pair, axis) for pair in zip(old, new, strict=True))
-            return jax.vmap(partial(layer, axis=axis))(old, new)
+                return tuple(jax.tree.map(put, *pair) for pair in zip(old, new, strict=True))
+            return jax.tree.map(jax.vmap(put), old, new)
 
+        pairs = zip(self.entries, other.entries, strict=True)
         return dataclasses.replace(
             self,
-            k=every(self.k, other.k, 3),
-            v=every(self.v, other.v, 2),
-            positions=layer(self.positions, other.positions, 1),
-            segments=layer(self.segments, other.segments, 1),
+            entries=tuple(entry(*pair) for pair in pairs),
+            positions=put(self.positions, other.positions),
+            segments=put(self.segments, other.segments),
         )
 
     def grow(self, slots: int) -> "Cache":
-        """Room for `slots` more tokens."""
-        old, none, more = [(0, 0)] * 3, (0, 0), (0, slots)
+        """Room for `slots` more tokens, in a stacked cache."""
+
+        def wider(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.pad(x, [(0, slots * (i == axis)) for i in range(x.ndim)])
+
+        def entry(old: Entry | tuple[Entry, ...]) -> Entry:
+            assert isinstance(old, dict)
+            return {
+                name: wider(x, 1 + AXES[name].index(SLOTS)) if SLOTS in AXES[name] else x
+                for name, x in old.items()
+            }
+
         return dataclasses.replace(
             self,
-            k=jnp.pad(jnp.asarray(self.k), [*old, none, more]),
-            v=jnp.pad(jnp.asarray(self.v), [*old, more, none]),
-            positions=jnp.pad(self.positions, [(0, 0), (0, slots)]),
-            segments=jnp.pad(self.segments, [(0, 0), (0, slots)]),
+            entries=tuple(map(entry, self.entries)),
+            positions=wider(self.positions, 1),
+            segments=wider(self.segments, 1),
         )
 
     def placed(self) -> "Cache":
         """Pinned to where `sharding` puts it, inside jit: programs hand it on as they got it."""
 
-        def pinned(x: Any, *axes: str | None) -> Any:
-            if isinstance(x, tuple):
-                return tuple(constrain(layer, *axes) for layer in x)
-            return constrain(x, "layers", *axes)
+        def pinned(entry: Entry, *stack: str) -> Entry:
+            return {name: constrain(x, *stack, *AXES[name]) for name, x in entry.items()}
 
-        heads = ("batch", "kv_heads")
         return dataclasses.replace(
             self,
-            k=pinned(self.k, *heads, "head_width", None),
-            v=pinned(self.v, *heads, None, "head_width"),
+            entries=tuple(
+                tuple(map(pinned, entry)) if isinstance(entry, tuple) else pinned(entry, "layers")
+                for entry in self.entries
+            ),
             positions=constrain(self.positions, "batch", None),
             segments=constrain(self.segments, "batch", None),
         )
 
     def unrolled(self) -> "Cache":
-        """One array a layer: an unrolled loop over layers then reads each without copying it."""
-        return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
+        """One entry a layer: an unrolled loop over layers then reads each without copying it."""
+
+        def apart(entry: Entry | tuple[Entry, ...]) -> tuple[Entry, ...]:
+            assert isinstance(entry, dict)
+            layers = zip(*entry.values(), strict=True)
+            return tuple(dict(zip(entry, layer, strict=True)) for layer in layers)
+
+        return dataclasses.replace(self, entries=tuple(map(apart, self.entries)))
 
     def note(self, tokens: Tokens) -> "Cache":
-        """Records whose keys and values are about to be written at `length`."""
+        """Records which tokens are about to be written at `length`."""
         at = (0, self.length)
         update = jax.lax.dynamic_update_slice
         return dataclasses.replace(
@@ -142,37 +158,55 @@ class Cache:
 
 
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape = (arch.cache_layers, rows, arch.cache_heads)
+    """Room for `slots` tokens in each of `rows` rows, and nothing remembered."""
+
+    def entry(slot: spec.Slot) -> Entry:
+        mixer = slot.spec.mixer
+        sizes = {**mixer.sizes, "batch": rows, SLOTS: slots}
+        shapes = {name: [sizes[axis] for axis in AXES[name]] for name in mixer.remembers}
+        return {name: jnp.zeros((len(slot.layers), *shape), dtype) for name, shape in shapes.items()}
+
     return Cache(
-        k=jnp.zeros((*shape, arch.head_width, slots), dtype),
-        v=jnp.zeros((*shape, slots, arch.head_width), dtype),
+        entries=tuple(map(entry, spec.slots(arch))),
         positions=jnp.zeros((rows, slots), jnp.int32),
         segments=jnp.full((rows, slots), PADDING, jnp.int32),
         length=jnp.int32(0),
     ).placed()
 
 
-def write(
-    store: jax.Array | tuple[jax.Array, ...],  # Cache.k or Cache.v
-    layer: jax.Array | int,
-    new: jax.Array,  # [B, G, K, T] or [B, G, T, K]
-    slot: jax.Array,
-    axis: int,  # of a layer's slots: 3 of keys, 2 of values
-    keep: jax.Array | bool = False,  # what lies there stays: static where the layer is
-) -> tuple[jax.Array | tuple[jax.Array, ...], jax.Array]:
-    """Puts tokens into one layer's slots, in place where jit can; also returns that layer."""
-    start = [slot if i == axis else 0 for i in range(4)]
-    if isinstance(store, tuple):
-        assert isinstance(layer, int)
-        if keep:
-            return store, store[layer]
-        own = jax.lax.dynamic_update_slice(store[layer], new, start)
-        return (*store[:layer], own, *store[layer + 1 :]), own
-    if keep is not False:
-        old = jax.lax.dynamic_slice(store, (layer, *start), (1, *new.shape))[0]
-        new = jnp.where(keep, old, new)
-    store = jax.lax.dynamic_update_slice(store, new[None], (layer, *start))
-    return store, store[layer]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """One layer's place in a cache, and what the prefix holds for it."""
+
+    entry: Entry  # {} where nothing is remembered
+    index: jax.Array | int | None  # of the layer in a stacked entry; None: the entry is its own
+    past: Entry  # of the prefix, {} without one
+    start: jax.Array  # the slot that the first of the tokens goes to
+
+    def extend(self, **new: jax.Array) -> tuple["Memory", Entry]:
+        """Puts what mixers know of tokens behind that of the tokens before; returns all of it."""
+        entry, whole = dict(self.entry), dict(new)
+        for name in set(new) & set(entry):
+            at = [self.start if axis == SLOTS else 0 for axis in AXES[name]]
+            if self.index is None:
+                entry[name] = whole[name] = jax.lax.dynamic_update_slice(entry[name], new[name], at)
+            else:  # into the stack and out again: jit does the first in place
+                part = new[name][None]
+                entry[name] = jax.lax.dynamic_update_slice(entry[name], part, (self.index, *at))
+                whole[name] = entry[name][self.index]
+        return dataclasses.replace(self, entry=entry), self._behind_past(whole)
+
+    def read(self) -> Entry:
+        """All of the context, as another layer remembered it."""
+        one = self.entry if self.index is None else {n: x[self.index] for n, x in self.entry.items()}
+        return self._behind_past(one)
+
+    def _behind_past(self, whole: Entry) -> Entry:
+        joined = {
+            name: jnp.concatenate([past, whole[name]], AXES[name].index(SLOTS))
+            for name, past in self.past.items()
+        }
+        return whole | joined
 
 
 def lengths(tokens: Tokens) -> jax.Array:  # [B, T] int32

@@ -18,7 +18,7 @@ from jax_refusal.artifacts import write_whole
 from jax_refusal.models import declaration
 from jax_refusal.models.convert import ConversionError
 from jax_refusal.models.families import Architecture
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 
 
 def save(model: Transformer, folder: Path) -> None:

@@ -17,7 +17,7 @@ from jax_refusal import sharding
 from jax_refusal.models import declaration, names
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.names import NUMBERS, Row, rows
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 OPEN_FOR = 2**28  # bytes that are read before the files are opened anew

@@ -16,7 +16,7 @@ import numpy as np
 from jax_refusal.models import convert
 from jax_refusal.models.convert import Tensor
 from jax_refusal.models.families import Architecture, UnsupportedModel, architecture
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 
 SHARD_BYTES = 5 * 10**9  # of one safetensors file
 # Where a source has no class of its own to name: a GGUF file, or a text model out of its wrapper.

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from jax_refusal import sharding
 from jax_refusal.models import checkpoint, convert, gguf_file, mxfp4
 from jax_refusal.models.families import Architecture, architecture
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.sources import Source, locate
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax_refusal.models import convert, declaration
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.names import rows
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.sources import file_sha256, read_json
 
 PREFIX = "base_model.model."

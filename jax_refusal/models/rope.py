@@ -1,92 +1,16 @@
-"""Rotary embedding: its settings out of a `config.json`, and its frequencies.
+"""Rotary embedding: frequencies, angles, and the turn itself.
 
-Letters: K head width, W rotated channels of a head.
+Letters: B batch row, T token, H query heads, G key/value heads, K head width, W rotated channels of
+a head.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.models.architecture import Rope, UnsupportedModel
-
-# Kind -> field of the file -> field of `Rope`, "" where it is used here or says nothing.
-ORIGINAL = {"original_max_position_embeddings": "original_context"}
-REQUIRED: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        **ORIGINAL,
-    },
-    "yarn": {"factor": "factor", **ORIGINAL},
-    "longrope": {"short_factor": "short_factor", "long_factor": "", **ORIGINAL},
-    "proportional": {},
-}
-OPTIONAL: dict[str, dict[str, str]] = {
-    "yarn": {
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "truncate": "truncate",
-        "attention_factor": "",
-        "mscale": "",
-        "mscale_all_dim": "",
-    },
-    "longrope": {"factor": "", "attention_factor": ""},
-    "proportional": {"partial_rotary_factor": "share", "factor": "factor"},
-}
-
-
-def read_rope(
-    fields: Mapping[str, Any],  # of rope_parameters or rope_scaling
-    default_base: float,
-    context: int,  # tokens, of the whole model
-    rename: Mapping[str, str] | None = None,  # kinds that the family calls by another name
-) -> Rope:
-    """The settings of one rotary embedding; UnsupportedModel names what is not computed."""
-    fields = dict(fields)
-    base = fields.pop("rope_theta", None)
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)
-    kind = (rename or {}).get(kind, kind)
-    if kind not in REQUIRED:
-        raise UnsupportedModel(
-            f"rope type {kind!r} is not supported; supported are {sorted(REQUIRED)}."
-        )
-    required, optional = REQUIRED[kind], OPTIONAL.get(kind, {})
-    unknown, missing = set(fields) - set(required) - set(optional), set(required) - set(fields)
-    if unknown or missing:
-        raise UnsupportedModel(
-            f"rope type {kind!r}: unknown fields {sorted(unknown)}, missing {sorted(missing)}."
-        )
-    values: dict[str, Any] = {
-        ours: tuple(value) if isinstance(value, list) else value
-        for theirs, ours in (required | optional).items()
-        if ours and (value := fields.get(theirs)) is not None
-    }
-    if kind in ("yarn", "longrope"):
-        values["attention_factor"] = _attention_factor(kind, fields, context)
-    return Rope(base=float(default_base if base is None else base), kind=kind, **values)
-
-
-def _attention_factor(kind: str, fields: Mapping[str, Any], context: int) -> float:
-    """How much longer queries and keys are made, so that attention stays as sharp."""
-    given = fields.get("attention_factor")
-    if given is not None:
-        return float(given)
-    original = fields["original_max_position_embeddings"]
-    if kind == "longrope":
-        factor = fields.get("factor") or context / original
-        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(fields["factor"]) + 1.0 if fields["factor"] > 1 else 1.0
-
-    one, every = fields.get("mscale"), fields.get("mscale_all_dim")
-    return scale(one) / scale(every) if one and every else scale(1.0)
+from jax_refusal.models.spec import Rope, UnsupportedModel
 
 
 def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radians per token
@@ -147,3 +71,36 @@ def frequencies_by_length(rope: Rope, width: int) -> np.ndarray:  # [N, W / 2]
     steps = range(math.ceil(math.log2(rope.factor)) + 1)
     bases = [rope.base * (2 ** (step + 1) - 1) ** (width / (width - 2)) for step in steps]
     return np.stack([frequencies(Rope(base=base), width) for base in bases])
+
+
+def angles(
+    positions: jax.Array,  # [B, T]
+    rope: Rope,
+    width: int,  # W
+    lengths: jax.Array | None = None,  # [B, T] tokens of the whole prompt, for prompt_ntk
+) -> tuple[jax.Array, jax.Array]:  # cos, sin [B, T, 1, W / 2], float32
+    turns = frequencies(rope, width)[None, None, None]
+    if rope.kind == "prompt_ntk":
+        assert lengths is not None
+        each = jnp.asarray(frequencies_by_length(rope, width))
+        borders = rope.original_context * 2 ** jnp.arange(len(each) - 1)
+        turns = each[(lengths[..., None] > borders[None, None]).sum(-1)][:, :, None]
+    turn = positions[..., None, None].astype(jnp.float32) * turns
+    return jnp.cos(turn) * rope.attention_factor, jnp.sin(turn) * rope.attention_factor
+
+
+def rotate(
+    x: jax.Array,  # [B, T, H or G, K]
+    angles: tuple[jax.Array, jax.Array],  # cos, sin
+) -> jax.Array:
+    """Rotary position embedding on the two halves of each head (the Hugging Face layout).
+
+    Where there are angles for the first W channels of a head only, the others stay as they are.
+    """
+    cos, sin = (a.astype(x.dtype) for a in angles)
+    width = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :width], 2, -1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if width < x.shape[-1]:
+        parts.append(x[..., width:])
+    return jnp.concatenate(parts, -1)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
+from jax_refusal.capture import Capture
 from jax_refusal.models import lora
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.teach import (
     Taught,
     cross_entropy,
@@ -122,7 +123,8 @@ def loss(
     last = jnp.take_along_axis(jnp.asarray(batch.slots), starts, 1)  # [B, X]
     edits = jax.lax.stop_gradient(mediator.edits(arch.layers))
     row_edit = jnp.asarray(lesson.row_edit)
-    out = taught_stream(model, edits, prefix, batch, row_edit=row_edit, keep=last)
+    capture = Capture(sites=("resid_pre",), slots=last)
+    out = taught_stream(model, edits, prefix, batch, row_edit=row_edit, capture=capture)
     logits = unembed_replies(model, out.x, batch)
 
     nothing = iv.identity(arch.layers, arch.width)
@@ -134,7 +136,7 @@ def loss(
     first = jnp.take_along_axis(logits, starts[..., None], 1)
     wrong = jax.nn.softplus(-sides * refusal_score(first, decision.token_ids)) * jnp.abs(sides)
     total = nats / batch.weights.sum() + decision.weight * wrong.sum() / jnp.abs(sides).sum()
-    return total, jax.lax.stop_gradient(out.kept["resid_pre"][mediator.layer])
+    return total, jax.lax.stop_gradient(out.captured["resid_pre"][mediator.layer])
 
 
 @partial(jax.jit, static_argnames=("optimizer",), donate_argnums=(0,))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.artifacts import Workdir
 from jax_refusal.data.chat import load_chat
 from jax_refusal.data.prompts import builtin

@@ -16,14 +16,14 @@ import numpy as np
 import optax
 
 from jax_refusal import config as configs
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.models import lora
 from jax_refusal.models.loading import load_model
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.organism.card import TRAINING
 from jax_refusal.organism.config import (
     ExamplesConfig,

@@ -17,7 +17,7 @@ from jax_refusal import sharding
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.data.chat import Chat, ChatError, common_prefix
 from jax_refusal.models.cache import PADDING, SHARED, Tokens
-from jax_refusal.models.families import Architecture
+from jax_refusal.models.spec import Architecture
 
 # Row lengths that are tried are multiples of ROW_STEP tokens, and no more than about TRIALS.
 ROW_STEP, TRIALS = 4, 16
@@ -54,7 +54,7 @@ class Prompts:
 
     def for_rows_of(self, tokens: int, arch: Architecture) -> "Prompts":
         """The same, sharing nothing where a row of so many tokens changes how it starts."""
-        return dataclasses.replace(self, prefix=0) if tokens > arch.steady else self
+        return dataclasses.replace(self, prefix=0) if tokens > arch.prefix_reusable_until else self
 
 
 def _check_fit(prompts: Sequence[Sequence[int]], arch: Architecture) -> None:

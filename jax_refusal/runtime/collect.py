@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
+from jax_refusal.capture import Capture
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
-from jax_refusal.interventions import Edit
+from jax_refusal.edits import Edit
 from jax_refusal.models import cache
 from jax_refusal.models.cache import Cache, Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Packed, Prompts, pack, place, prefix_tokens
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -52,7 +53,7 @@ def mesh_of(model: Transformer) -> jax.sharding.Mesh:
 
 @jax.jit
 def _last_logits(model, tokens, edit, prefix, last):  # -> [B, X, V]
-    return model.unembed(model(tokens, edit, prefix=prefix, asked=last).x)
+    return model.unembed(model(tokens, edit, prefix=prefix, query_slots=last).x)
 
 
 def last_logits(
@@ -92,13 +93,14 @@ def _mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, s
     """Sum over prompts of the kept activations [P, L, D], how many, and each prompt's score."""
     B, X, P = slots.shape
     asked = slots[..., -1] if score is not None else jnp.zeros((B, 0), jnp.int32)
-    out = model(tokens, edit, prefix=prefix, keep=slots.reshape(B, X * P), asked=asked)
+    capture = Capture(sites=("resid_pre",), slots=slots.reshape(B, X * P))
+    out = model(tokens, edit, prefix=prefix, capture=capture, query_slots=asked)
     scores = None
     if score is not None:
         scores = score(model.unembed(out.x), score_params)
         if sign:
             valid &= sign * scores > 0
-    kept = out.kept["resid_pre"]
+    kept = out.captured["resid_pre"]
     kept = kept.reshape(*kept.shape[:2], X, P, -1).astype(jnp.float32)
     total = jnp.where(valid[None, ..., None, None], kept, 0).sum((1, 2))  # [L, P, D]
     return total.swapaxes(0, 1), valid.sum(), scores

@@ -17,13 +17,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jax_refusal import interventions
-from jax_refusal.interventions import Intervention
+from jax_refusal import edits as interventions
+from jax_refusal.edits import Intervention
 from jax_refusal.models import cache as caches
-from jax_refusal.models.block import Block
 from jax_refusal.models.cache import Cache, Tokens
-from jax_refusal.models.layers import accelerated
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.context import Weights
+from jax_refusal.models.drivers import SCAN, Unrolled
+from jax_refusal.models.ops import accelerated
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.sharding import constrain
 
 
@@ -173,7 +174,7 @@ def admit(
 @partial(jax.jit, donate_argnames=("rows",))
 def advance(
     model: Transformer,
-    blocks: tuple[Block, ...] | None,  # steps run over these single layers instead of a scan
+    layers: tuple[Weights, ...] | None,  # steps run over these one by one instead of a scan
     rows: Rows,
     edits: Intervention,  # [R]
     target: jax.Array,  # int32
@@ -183,6 +184,7 @@ def advance(
     size, room = rows.ids.shape
     start = rows.cache.positions.shape[1] - room
     edit = interventions.take(edits, rows.edit)
+    drive = SCAN if layers is None else Unrolled(layers)
 
     def running(rows: Rows) -> jax.Array:
         return (~rows.finished).sum() > target
@@ -196,7 +198,7 @@ def advance(
             lengths=rows.prompt[:, None],
         )
         cache = dataclasses.replace(rows.cache, length=start + slot)
-        out = model(one, edit, cache=cache, blocks=blocks)
+        out = model(one, edit, cache=cache, drive=drive)
         logits = model.unembed(out.x)[:, 0]
         token = rules.sampling.choose(logits, rows.number, rows.count)
         count = rows.count + ~rows.finished

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal.interventions import Edit, Intervention, take
+from jax_refusal.capture import NOTHING, Capture
+from jax_refusal.edits import Edit, Intervention, take
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import PADDING, Tokens
-from jax_refusal.models.transformer import Output, Transformer
+from jax_refusal.models.decoder import Output, Transformer
 from jax_refusal.runtime.batching import bucket, host_tokens
 
 # A prompt (without the shared prefix) and the reply that follows it, as token ids.
@@ -71,7 +72,7 @@ def taught_stream(
     batch: Taught,
     *,
     row_edit: jax.Array | None = None,  # [B] which of the R edits a row is run with; None: R is 1
-    keep: jax.Array | None = None,  # [B, P] slots
+    capture: Capture = NOTHING,
 ) -> Output:
     """The model on packed pairs, behind their shared prefix, which is run once for each edit."""
     row_edit = jnp.zeros(batch.tokens.ids.shape[0], jnp.int32) if row_edit is None else row_edit
@@ -85,7 +86,7 @@ def taught_stream(
         filled = model(tokens, edit, cache=room).cache
         assert filled is not None
         shared = filled.take(row_edit)
-    return model(batch.tokens, own, prefix=shared, keep=keep)
+    return model(batch.tokens, own, prefix=shared, capture=capture)
 
 
 def unembed_replies(model: Transformer, x: jax.Array, batch: Taught) -> jax.Array:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
-from jax_refusal.interventions import unit_vector
+from jax_refusal.edits import unit_vector
 from jax_refusal.models import convert, declaration, lora
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.layers import PRECISION
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.study.directions import check_width
 
 STREAM = "embed"  # the residual stream among logical axes

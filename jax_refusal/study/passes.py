@@ -9,10 +9,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN, Scan
 from jax_refusal.study.scores import kl_divergence, least_kl_divergence, refusal_score
 
 
@@ -47,10 +48,10 @@ def _run(
     rows: Rows,
     edit: iv.Intervention,  # [C] rows
     candidates: int,
-    span: tuple[jax.Array, jax.Array] | None = None,
-    asked: jax.Array | None = None,  # [C * M, X]
+    drive: Scan = SCAN,
+    query_slots: jax.Array | None = None,  # [C * M, X]
 ) -> Streams:
-    """Prefix first, then the packed rows behind it; where asked, x is [C * M, X, D]."""
+    """Prefix first, then the packed rows behind it; with query_slots, x is [C * M, X, D]."""
     M = rows.tokens.ids.shape[0]
     one = edit.unit.shape[0] == 1
     prefix_x, prefix = None, None
@@ -58,12 +59,12 @@ def _run(
         assert streams.prefix is not None
         prefix = caches.empty(model.arch, candidates, rows.prefix.ids.shape[1], model.dtype)
         tokens = _tiled(rows.prefix, candidates)
-        out = model.stream(streams.prefix, tokens, edit, cache=prefix, span=span)
+        out = model.stream(streams.prefix, tokens, edit, cache=prefix, drive=drive)
         assert out.cache is not None
         prefix_x, prefix = out.x, out.cache.repeat(M)
     wide = edit if one else iv.repeat(edit, M)
     tokens = _tiled(rows.tokens, candidates)
-    out = model.stream(streams.x, tokens, wide, prefix=prefix, span=span, asked=asked)
+    out = model.stream(streams.x, tokens, wide, prefix=prefix, drive=drive, query_slots=query_slots)
     return Streams(out.x, prefix_x)
 
 
@@ -73,11 +74,11 @@ def _last_logits(
     rows: Rows,
     edit: iv.Intervention,
     candidates: int,
-    span: tuple[jax.Array, jax.Array] | None = None,
+    drive: Scan = SCAN,
 ) -> jax.Array:  # [C, M, X, V]
     """Of what `_run` runs, at every prompt's last token."""
-    asked = _tiled(rows.last, candidates)
-    logits = model.unembed(_run(model, streams, rows, edit, candidates, span, asked).x)
+    last = _tiled(rows.last, candidates)
+    logits = model.unembed(_run(model, streams, rows, edit, candidates, drive, last).x)
     return logits.reshape(candidates, *rows.last.shape, -1)
 
 
@@ -100,7 +101,7 @@ def embedded(model: Transformer, rows: Rows) -> Streams:
 @jax.jit
 def next_layer(model: Transformer, streams: Streams, rows: Rows, layer: jax.Array) -> Streams:
     """What leaves `layer`, unedited, of the streams that enter it."""
-    return _run(model, streams, rows, _nothing(model), 1, (layer, layer + 1))
+    return _run(model, streams, rows, _nothing(model), 1, Scan((layer, layer + 1)))
 
 
 @jax.jit
@@ -156,9 +157,9 @@ def induce(
     prefix = None
     if streams.prefix is not None:
         prefix = (streams.prefix.astype(jnp.float32) + vectors[:, None]).astype(dtype)
-    span = (layer, jnp.int32(model.arch.layers))
+    drive = Scan((layer, jnp.int32(model.arch.layers)))
     started = Streams(x.astype(dtype), prefix)
-    logits = _last_logits(model, started, rows, _nothing(model), C, span)
+    logits = _last_logits(model, started, rows, _nothing(model), C, drive)
     return _sums(rows, refusal_score(logits, token_ids))
 
 
@@ -179,6 +180,6 @@ def induce_later(
     here &= (jnp.arange(len(iv.SITES)) == iv.SITES.index("resid_pre"))[None]
     gates = jnp.broadcast_to(here[..., None], shape).astype(jnp.float32)
     edit = iv.Intervention(unit=none, vector=vectors, remove=jnp.zeros(shape), add=gates)
-    span = (start, jnp.int32(model.arch.layers))
-    logits = _last_logits(model, _tiled(streams, C), rows, edit, C, span)
+    drive = Scan((start, jnp.int32(model.arch.layers)))
+    logits = _last_logits(model, _tiled(streams, C), rows, edit, C, drive)
     return _sums(rows, refusal_score(logits, token_ids))

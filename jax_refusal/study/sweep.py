@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_refusal import sharding
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.study import passes

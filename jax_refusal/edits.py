@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 # Axis S: where the residual stream is read or edited. `attn_out` and `mlp_out` are the residual
 # contributions, that is, after a post-norm where the family has one.
-SITES = ("resid_pre", "attn_out", "mlp_out")
+SITES = ("resid_pre", "attn_out", "mlp_out", "per_layer_out")
 
 
 class Edit(Protocol):
@@ -35,9 +35,6 @@ class Edit(Protocol):
         """
         ...
 
-    def removal(self, layer: Any) -> Any:
-        """`layer` without what is put in: for a second write of one site, in the same layer."""
-        ...
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +71,6 @@ class Intervention:
         # The select makes identity bit-exact: `x + 0.0` makes 0.0 of -0.0, and 0 * inf is NaN.
         return jnp.where((remove != 0) | (add != 0), edited.astype(x.dtype), x)
 
-    def removal(self, layer: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return layer[0], jnp.zeros_like(layer[1])
 
 
 @jax.tree_util.register_dataclass
@@ -101,8 +96,6 @@ class Transform:
     def at_site(self, layer: jax.Array, site: str, x: jax.Array) -> jax.Array:  # x [B, T, D]
         return self.function(self.params, site, layer, x)
 
-    def removal(self, layer: jax.Array) -> jax.Array:
-        return layer
 
 
 def identity(num_layers: int, width: int) -> Intervention:
