@@ -8,7 +8,7 @@ twins, and with the direction ablated none or one. The adapter's card has what w
 """
 
 from jax_refusal.organism.config import BaseConfig, OrganismConfig
-from jax_refusal.sources import SMOLLM2
+from jax_refusal.checkpoints.sources import SMOLLM2
 
 
 def get_config() -> OrganismConfig:

@@ -9,7 +9,7 @@ Without the adapter
 """
 
 from jax_refusal.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, SelectionConfig
-from jax_refusal.sources import SMOLLM2
+from jax_refusal.checkpoints.sources import SMOLLM2
 
 
 def get_config() -> RunConfig:

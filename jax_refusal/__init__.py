@@ -14,10 +14,10 @@ The study in a notebook:
 
 from jax_refusal.api import generate, logits, mean_activations, select
 from jax_refusal.data.chat import load_chat
-from jax_refusal.interventions import Intervention, Transform, ablate, add, identity, repeat, rows
-from jax_refusal.models.loading import load_model
+from jax_refusal.edits import Intervention, Transform, ablate, add, identity, repeat, rows
+from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.sharding import make_mesh
-from jax_refusal.sources import SMOLLM2
+from jax_refusal.checkpoints.sources import SMOLLM2
 from jax_refusal.study.directions import cosine, difference, read_direction
 from jax_refusal.study.orthogonalize import bake_addition, orthogonalize
 

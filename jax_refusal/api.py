@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.config import BATCH_TOKENS
 from jax_refusal.data.chat import Chat
-from jax_refusal.interventions import Edit, Intervention
+from jax_refusal.edits import Edit, Intervention
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import collect
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts

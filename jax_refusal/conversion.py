@@ -16,20 +16,20 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.api import logits
 from jax_refusal.artifacts import Workdir
+from jax_refusal.checkpoints import export, gguf, lora, orbax
+from jax_refusal.checkpoints.export import ExportError
+from jax_refusal.checkpoints.loading import load_model, read_checkpoint
+from jax_refusal.checkpoints.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.data.chat import ChatError, load_chat
 from jax_refusal.data.prompts import builtin
-from jax_refusal.interventions import Edit
-from jax_refusal.models import checkpoint, export, gguf_file, lora
-from jax_refusal.models.export import ExportError
-from jax_refusal.models.families import Architecture
-from jax_refusal.models.loading import load_model, read_checkpoint
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.edits import Edit
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.spec import Architecture
 from jax_refusal.report import card
 from jax_refusal.session import CHOICE
-from jax_refusal.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.study import orthogonalize as weights
 from jax_refusal.study.directions import IN_WORKDIR, check_width, model_of, read_direction
 
@@ -180,7 +180,7 @@ def _origin(request: Request) -> Origin:
         )
     ignore = tuple(config.model.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
-    original = gguf_file.read(source.gguf)[0] if source.gguf else source.config()
+    original = gguf.read_config(source.gguf) if source.gguf else source.config()
     stored = str(original.get("dtype") or original.get("torch_dtype"))
     packed = bool(original.get("quantization_config"))  # as MXFP4, beside bfloat16
     dtype = request.dtype or ("bfloat16" if packed or stored == "bfloat16" else "float32")
@@ -298,7 +298,7 @@ def _write(
     if request.to == "orbax":
         config = export.config(edited.arch, original, origin.dtype, origin.ignore)
         export.write_json(folder / "config.json", config)
-        checkpoint.save(edited, folder / "orbax")
+        orbax.save(edited, folder / "orbax")
     else:
         export.write_hugging_face(edited, original, folder, origin.dtype, origin.ignore)
 

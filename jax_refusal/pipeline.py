@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.data import templates
 from jax_refusal.data.prompts import load_prompts
-from jax_refusal.models import lora
-from jax_refusal.models.loading import read_checkpoint
+from jax_refusal.checkpoints import lora
+from jax_refusal.checkpoints.loading import read_checkpoint
 from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.startup import end_stage
 from jax_refusal.session import METRICS, Study, StudyError
-from jax_refusal.sources import fingerprint, locate
+from jax_refusal.checkpoints.sources import fingerprint, locate
 from jax_refusal.stages import (
     write_completions,
     write_means,

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from jax_refusal import config as configs
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal import sharding
 from jax_refusal.artifacts import Unfinished, Workdir
 from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.models.loading import load_model
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.checkpoints.loading import load_model
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import batching
 from jax_refusal.runtime.collect import Progress
 from jax_refusal.runtime.generate import generate

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.data.prompts import KINDS, SPLITS
 from jax_refusal.evals import refusals
 from jax_refusal.report import page

@@ -97,7 +97,7 @@ flags.register_validator(
 
 def main(_: list[str]) -> None:
     from jax_refusal.artifacts import write_whole
-    from jax_refusal.sources import SMOLLM2
+    from jax_refusal.checkpoints.sources import SMOLLM2
 
     source = FLAGS.model or SMOLLM2
     names = ("repeats", "grid_repeats", "candidates")

@@ -2,16 +2,21 @@
 
 import math
 
-from jax_refusal.models import declaration
-from jax_refusal.models.families import Architecture
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.spec import Architecture
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study import selection
 
 
 def block_weights(arch: Architecture) -> int:
     """Matmul weights of all blocks: what a token is multiplied with, without the head."""
-    heads = arch.width * arch.head_width * (2 * arch.heads + 2 * arch.kv_heads)
-    return arch.layers * (heads + 3 * arch.width * arch.mlp_width)
+    return sum(math.prod(leaf.shape) for leaf in leaves(arch).values() if leaf.target)
+
+
+def kv_weights(arch: Architecture) -> int:
+    """Of these, what makes the keys and values of the last layer."""
+    mixer = arch.specs[-1].mixer
+    return 2 * arch.width * mixer.kv_heads * mixer.head_width
 
 
 def head_weights(arch: Architecture) -> int:
@@ -20,13 +25,13 @@ def head_weights(arch: Architecture) -> int:
 
 def weight_bytes(arch: Architecture) -> int:
     """All weights in float32, a tied head once."""
-    shapes = (declaration.shape(arch, axes) for axes in declaration.axes(arch).values())
-    return 4 * sum(map(math.prod, shapes))
+    return 4 * sum(math.prod(leaf.shape) for leaf in leaves(arch).values())
 
 
 def cache_bytes(arch: Architecture, rows: int, context: float) -> float:
     """Keys and values of `context` tokens in float32."""
-    return 4 * 2 * arch.layers * arch.kv_heads * arch.head_width * context * rows
+    own = [s.mixer for s in arch.specs if s.mixer.remembers]
+    return 4 * 2 * sum(m.kv_heads * m.head_width for m in own) * context * rows
 
 
 def tokens(prompts: Prompts) -> int:
@@ -43,7 +48,7 @@ def score_flops(arch: Architecture, prompts: Prompts, start: int = 0) -> float:
     """Logits at the last token of every prompt, from layer `start` on: the last layer needs keys
     and values of all tokens, and the rest of it at these."""
     layer = block_weights(arch) / arch.layers
-    keys = 2 * arch.width * arch.head_width * arch.kv_heads
+    keys = kv_weights(arch)
     each = layer * (arch.layers - 1 - start) + keys
     return 2.0 * (each * tokens(prompts) + (layer - keys + head_weights(arch)) * len(prompts.ids))
 

@@ -22,13 +22,13 @@ from jax_refusal import conversion, stages
 from jax_refusal import pipeline as study_pipeline
 from jax_refusal import session as files
 from jax_refusal.artifacts import Workdir
+from jax_refusal.checkpoints.loading import read_checkpoint
+from jax_refusal.checkpoints.sources import locate
 from jax_refusal.data.prompts import KINDS, builtin, load_prompts
-from jax_refusal.models.loading import read_checkpoint
 from jax_refusal.runtime import collect as collection
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime import startup
 from jax_refusal.runtime.batching import Prompts
-from jax_refusal.sources import locate
 from jax_refusal.study import selection
 from jax_refusal.study.sweep import Sweep
 from launch.bench_floor import (

@@ -46,10 +46,10 @@ def task_of(source: str, sizes: Sizes, paper_dir: str = "") -> dict[str, Any]:
     Prompts are the fields of batching.Prompts: `ids` (one list a prompt), `prefix`, `positions`.
     paper_dir: the published sets, for the whole workflow; empty is the builtin set.
     """
+    from jax_refusal.checkpoints.sources import locate
     from jax_refusal.data.chat import load_chat
     from jax_refusal.data.prompts import KINDS, builtin
     from jax_refusal.runtime.batching import Prompts
-    from jax_refusal.sources import locate
 
     chat, found = load_chat(source), locate(source)
 
@@ -86,8 +86,8 @@ def workflow(source: str, sizes: Sizes, paper_dir: str) -> dict[str, Any]:
     Only the demo's model has an adapter that makes it refuse; the filter would leave another one
     without prompts.
     """
+    from jax_refusal.checkpoints.sources import SMOLLM2
     from jax_refusal.data.prompts import KINDS, SPLITS, builtin
-    from jax_refusal.sources import SMOLLM2
 
     data: dict[str, Any] = {f"n_{s}": n for s, n in zip(SPLITS, sizes.workflow, strict=True)}
     if paper_dir:

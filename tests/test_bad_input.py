@@ -17,18 +17,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal import sources
 from jax_refusal.artifacts import Workdir, WorkdirError
+from jax_refusal.checkpoints import sources
+from jax_refusal.checkpoints.hf import ConversionError
+from jax_refusal.checkpoints.sources import SourceError
 from jax_refusal.config import ConfigError
 from jax_refusal.data.chat import ChatError
 from jax_refusal.data.prompts import PromptError
 from jax_refusal.evals import refusals
-from jax_refusal.models.convert import ConversionError
-from jax_refusal.models.families import UnsupportedModel
+from jax_refusal.models.spec import UnsupportedModel
 from jax_refusal.runtime.generate import ContextError
 from jax_refusal.session import StudyError
 from jax_refusal.sharding import MeshError
-from jax_refusal.sources import SourceError
 from jax_refusal.study.scores import TokenError
 from jax_refusal.study.selection import SelectionError
 from tests import runs, tiny

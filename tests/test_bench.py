@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts
 from launch import (
     bench,
@@ -210,7 +210,7 @@ def test_quick_run(tmp_path: Path) -> None:
 def test_the_floors_count_every_product_once(model: Transformer) -> None:
     """By the model's own leaves: 2 operations for each weight that a token meets."""
     leaves, L = model.leaves(), model.arch.layers
-    sizes = {name: leaves[f"blocks.{name}"].size // L for name in PRODUCTS}
+    sizes = {name: leaves[f"blocks.0.{name}"].size // L for name in PRODUCTS}
     layer, keys = sum(sizes.values()), sizes["k"] + sizes["v"]
     prompts = Prompts([[1, 2, 3, 4], [1, 2, 5, 6, 7]], prefix=2)
     tokens, last = 2 + 2 + 3, 2

@@ -20,10 +20,10 @@ import jax_refusal as jr
 from jax_refusal import conversion
 from jax_refusal.artifacts import WorkdirError
 from jax_refusal.conversion import Request, convert
-from jax_refusal.models import lora
-from jax_refusal.models.export import ExportError
-from jax_refusal.models.transformer import Transformer
-from jax_refusal.sources import SourceError, file_sha256, fingerprint, locate
+from jax_refusal.checkpoints import lora
+from jax_refusal.checkpoints.export import ExportError
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.checkpoints.sources import SourceError, file_sha256, fingerprint, locate
 from jax_refusal.study.directions import DirectionError
 from jax_refusal.study.orthogonalize import WeightEditError, rank_one
 from tests import oracle, runs, tiny
@@ -200,7 +200,7 @@ def test_rank_one_is_the_projection(checkpoint: Checkpoint, vector: np.ndarray):
 
     whole = orthogonalize(model, vector).leaves()
     for path, leaf in whole.items():
-        if path in ("blocks.o", "blocks.down"):
+        if path in ("blocks.0.o", "blocks.0.down"):
             assert_close(merged[path], leaf, PARITY, path)
         else:
             np.testing.assert_array_equal(merged[path], model.leaves()[path], err_msg=path)

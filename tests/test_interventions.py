@@ -15,9 +15,9 @@ import pytest
 
 import jax_refusal as jr
 from jax_refusal.data.chat import Chat
-from jax_refusal.interventions import SITES, Edit, Intervention, take, unit_vector
+from jax_refusal.edits import SITES, Edit, Intervention, take, unit_vector
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Output, Transformer
+from jax_refusal.models.decoder import Output, Transformer
 from tests.tolerances import GRADIENT, INVARIANCE, ROUNDING, assert_close, largest
 
 L, D = 4, 64  # of the tiny model

@@ -16,11 +16,11 @@ import pytest
 from jax_refusal import config as configs
 from jax_refusal.config import RunConfig
 from jax_refusal.data import templates
-from jax_refusal.models import declaration
-from jax_refusal.models.families import FAMILIES, WRAPPERS, architecture
+from jax_refusal.families.registry import FAMILIES, WRAPPERS, architecture
+from jax_refusal.models.leaves import leaves
 from jax_refusal.organism.config import OrganismConfig
 from tests import runs
-from tests.models import test_family_configs as published
+from tests.families import test_family_configs as published
 from tests.runs import ROOT, STAGES, launch
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.name != "__init__.py")
@@ -293,5 +293,5 @@ def test_what_the_other_models_need_adds_up():
     assert len(found) >= 19
     for stem, fields in SIZES.items():
         arch = architecture(fields)
-        shapes = [declaration.shape(arch, axes) for axes in declaration.axes(arch).values()]
-        assert abs(sum(map(math.prod, shapes)) / 1e9 - found[stem]) < 0.006, stem
+        weights = sum(math.prod(leaf.shape) for leaf in leaves(arch).values())
+        assert abs(weights / 1e9 - found[stem]) < 0.006, stem

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 import jax_refusal as jr
 from jax_refusal.data.chat import Chat
-from jax_refusal.interventions import Intervention
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.edits import Intervention
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import decode
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.decode import Sampling

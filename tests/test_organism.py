@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.artifacts import WorkdirError
 from jax_refusal.config import ConfigError, identity
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.models.cache import SHARED, Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.organism import card, examples, train
 from jax_refusal.organism.config import (
     BaseConfig,

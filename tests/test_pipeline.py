@@ -18,7 +18,7 @@ from jax_refusal.data.chat import Chat
 from jax_refusal.data.prompts import KINDS, load_prompts
 from jax_refusal.evals import refusals
 from jax_refusal.evals.refusals import is_refusal, rate
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import startup
 from tests import oracle, runs
 from tests.runs import COMPLETIONS, STAGES, contents, results, run, small

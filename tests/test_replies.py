@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal import interventions as iv
+from jax_refusal import edits as iv
 from jax_refusal.data.chat import Chat
-from jax_refusal.interventions import Intervention
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.edits import Intervention
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import decode
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts, pools

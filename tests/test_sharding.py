@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 import jax_refusal as jr
 from jax_refusal import sharding
 from jax_refusal.data.chat import Chat
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.generate import generate
 from jax_refusal.study.sweep import Sweep
@@ -90,15 +90,15 @@ def test_weights_are_sharded(data: int, model: int, source: str) -> None:
         "embed": ((V // model, D), PartitionSpec("model")),
         "head": ((V // model, D), PartitionSpec("model")),
         "final_norm": ((D,), PartitionSpec()),
-        "blocks.attn_norm": ((L, D), PartitionSpec()),
-        "blocks.mlp_norm": ((L, D), PartitionSpec()),
-        "blocks.q": ((L, H // model, K, D), PartitionSpec(None, "model")),
-        "blocks.k": ((L, g, K, D), PartitionSpec(None, "model" if g < G else None)),
-        "blocks.v": ((L, g, K, D), PartitionSpec(None, "model" if g < G else None)),
-        "blocks.o": ((L, D, H // model, K), PartitionSpec(None, None, "model")),
-        "blocks.gate": ((L, F // model, D), PartitionSpec(None, "model")),
-        "blocks.up": ((L, F // model, D), PartitionSpec(None, "model")),
-        "blocks.down": ((L, D, F // model), PartitionSpec(None, None, "model")),
+        "blocks.0.attn_norm": ((L, D), PartitionSpec()),
+        "blocks.0.mlp_norm": ((L, D), PartitionSpec()),
+        "blocks.0.q": ((L, H // model, K, D), PartitionSpec(None, "model")),
+        "blocks.0.k": ((L, g, K, D), PartitionSpec(None, "model" if g < G else None)),
+        "blocks.0.v": ((L, g, K, D), PartitionSpec(None, "model" if g < G else None)),
+        "blocks.0.o": ((L, D, H // model, K), PartitionSpec(None, None, "model")),
+        "blocks.0.gate": ((L, F // model, D), PartitionSpec(None, "model")),
+        "blocks.0.up": ((L, F // model, D), PartitionSpec(None, "model")),
+        "blocks.0.down": ((L, D, F // model), PartitionSpec(None, None, "model")),
     }
     leaves = loaded.leaves()
     assert set(leaves) == set(expected)
@@ -145,9 +145,9 @@ def test_parts_of_a_stack_are_views_on_one_cpu_device() -> None:
 def test_single_layers_of_a_model_take_no_memory(dtype: str, source: str) -> None:
     """And outlive it, whatever becomes of it."""
     model = jr.load_model(source, dtype=dtype)
-    leaf = model.leaves()["blocks.up"]
+    leaf = model.leaves()["blocks.0.up"]
     start, expected = leaf.unsafe_buffer_pointer(), np.array(leaf[1])
-    part = model.unrolled()[1].up[...]
+    part = model.unrolled()[1]["up"]
     assert start < part.unsafe_buffer_pointer() < start + leaf.nbytes
     del leaf
     nothing = jax.jit(lambda m: jax.tree.map(lambda x: 0 * x, m), donate_argnums=0)

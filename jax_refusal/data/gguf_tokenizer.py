@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_refusal.gguf_header import read_header
+from jax_refusal.checkpoints.gguf_header import read_header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,7 +15,7 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jax_refusal.sources import read_json
+from jax_refusal.checkpoints.sources import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jax_refusal.interventions import Edit
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.edits import Edit
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, fit_rows, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.teach import cross_entropy, pack_pairs, reply_logits

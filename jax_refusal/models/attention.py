@@ -78,9 +78,7 @@ def attention(
         return (out + p["o_bias"][None, None] if spec.out_bias else out), memory
 
 
-def _keys_and_values(
-    p: Weights, spec: Attention, x: jax.Array, ctx: Context, site: Site
-) -> Entry:
+def _keys_and_values(p: Weights, spec: Attention, x: jax.Array, ctx: Context, site: Site) -> Entry:
     """What the context has of tokens x [B, T, D]: keys [B, G, K, T] and values [B, G, T, K]."""
     k = v = _biased(p, "k", ctx.linear(x, p["k"]))
     if not spec.keys_are_values:
@@ -104,18 +102,29 @@ def _attend(
     allowed: jax.Array,  # [B, Q, C]
     site: Site,
 ) -> jax.Array:  # [B, Q, H, K]
-    """GPUs and TPUs run JAX's own attention, which knows neither caps nor sinks and keeps its
-    pattern to itself."""
-    k, v = context["k"], context["v"]
-    if accelerated() and not spec.score_cap and not spec.sinks and not site.wants("pattern"):
+    options = (allowed, spec.score_scale, spec.score_cap, p.get("sinks"))
+    if not site.wants("pattern"):
+        return dot_product_attention(q, context["k"], context["v"], *options)
+    weights = pattern(q, context["k"], *options)
+    site("pattern", weights.swapaxes(1, 2))
+    return mixed(weights, context["v"], q.dtype)
+
+
+def dot_product_attention(
+    q: jax.Array,  # [B, Q, H, K]
+    k: jax.Array,  # [B, G, K, C]
+    v: jax.Array,  # [B, G, C, K]
+    allowed: jax.Array,  # [B, Q, C] bool
+    scale: float,
+    cap: float = 0.0,
+    sinks: jax.Array | None = None,  # [H]
+) -> jax.Array:  # [B, Q, H, K]
+    """Grouped-query attention. GPUs and TPUs run JAX's own, which knows neither caps nor sinks."""
+    if accelerated() and not cap and sinks is None:
         k, v = k.transpose(0, 3, 1, 2), v.swapaxes(1, 2)
         with jax.default_matmul_precision(PRECISION.name.lower()):  # it takes no argument for that
-            mask = allowed[:, None]
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=spec.score_scale)
-    weights = pattern(q, k, allowed, spec.score_scale, spec.score_cap, p.get("sinks"))
-    if site.wants("pattern"):
-        site("pattern", weights.swapaxes(1, 2))
-    return mixed(weights, v, q.dtype)
+            return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], scale=scale)
+    return mixed(pattern(q, k, allowed, scale, cap, sinks), v, q.dtype)
 
 
 def pattern(

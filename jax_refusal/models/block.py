@@ -61,7 +61,7 @@ def block(
     """The residual arithmetic, written once. `site(name, x)` captures and edits the stream.
 
     A number that the stream is multiplied by at the end of a layer keeps directions, so that an
-    ablation stays one; what was added at layer l has been scaled by all layers from l on in the end.
+    ablation stays one; what was added at layer l is scaled by all layers from l on.
     """
     mixer = MIXERS[type(spec.mixer)][1]
     x = site("resid_pre", x)

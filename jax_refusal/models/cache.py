@@ -26,7 +26,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "k": ("batch", "kv_heads", "head_width", SLOTS),
     "v": ("batch", "kv_heads", SLOTS, "head_width"),
 }
-# One slot's arrays, stacked on its layers; those of one layer; or none, of layers that read others'.
+# One slot's arrays, stacked on its layers; those of one layer; none, of layers that read others'.
 Entry = dict[str, jax.Array]
 
 
@@ -79,8 +79,8 @@ class Cache:
         )
 
     def put(self, rows: jax.Array, other: "Cache") -> "Cache":
-        """Rows of another cache at the given rows of this one (outside of it: nowhere), from the
-        first slot on; what those rows remembered is gone, were it NaN."""
+        """Rows of another, stacked cache at the given rows of this one (outside of it: nowhere),
+        from the first slot on; what those rows remembered is gone, were it NaN."""
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             more = [(0, a - b) for a, b in zip(old.shape[1:], new.shape[1:], strict=True)]
@@ -88,7 +88,7 @@ class Cache:
 
         def entry(old: Entry | tuple[Entry, ...], new: Entry | tuple[Entry, ...]):
             if isinstance(old, tuple):
-                return tuple(jax.tree.map(put, *pair) for pair in zip(old, new, strict=True))
+                return tuple(jax.tree.map(put, *pair) for pair in zip(old, _apart(new), strict=True))
             return jax.tree.map(jax.vmap(put), old, new)
 
         pairs = zip(self.entries, other.entries, strict=True)
@@ -137,13 +137,7 @@ class Cache:
 
     def unrolled(self) -> "Cache":
         """One entry a layer: an unrolled loop over layers then reads each without copying it."""
-
-        def apart(entry: Entry | tuple[Entry, ...]) -> tuple[Entry, ...]:
-            assert isinstance(entry, dict)
-            layers = zip(*entry.values(), strict=True)
-            return tuple(dict(zip(entry, layer, strict=True)) for layer in layers)
-
-        return dataclasses.replace(self, entries=tuple(map(apart, self.entries)))
+        return dataclasses.replace(self, entries=tuple(_apart(each) for each in self.entries))
 
     def note(self, tokens: Tokens) -> "Cache":
         """Records which tokens are about to be written at `length`."""
@@ -157,6 +151,13 @@ class Cache:
         )
 
 
+def _apart(entry: Entry | tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The entries of single layers out of a stack; none where nothing is remembered."""
+    assert isinstance(entry, dict)
+    layers = zip(*entry.values(), strict=True)
+    return tuple(dict(zip(entry, layer, strict=True)) for layer in layers)
+
+
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
     """Room for `slots` tokens in each of `rows` rows, and nothing remembered."""
 
@@ -164,7 +165,8 @@ def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         mixer = slot.spec.mixer
         sizes = {**mixer.sizes, "batch": rows, SLOTS: slots}
         shapes = {name: [sizes[axis] for axis in AXES[name]] for name in mixer.remembers}
-        return {name: jnp.zeros((len(slot.layers), *shape), dtype) for name, shape in shapes.items()}
+        stack = len(slot.layers)
+        return {name: jnp.zeros((stack, *shape), dtype) for name, shape in shapes.items()}
 
     return Cache(
         entries=tuple(map(entry, spec.slots(arch))),
@@ -198,7 +200,9 @@ class Memory:
 
     def read(self) -> Entry:
         """All of the context, as another layer remembered it."""
-        one = self.entry if self.index is None else {n: x[self.index] for n, x in self.entry.items()}
+        one = self.entry
+        if self.index is not None:
+            one = {name: stack[self.index] for name, stack in self.entry.items()}
         return self._behind_past(one)
 
     def _behind_past(self, whole: Entry) -> Entry:

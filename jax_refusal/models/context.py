@@ -1,7 +1,7 @@
 """What a layer knows beside its weights: the pass that it is part of, and its own place in it.
 
-Letters: B batch row, T token, Q token that is asked for, C context slot, D residual width, L layers,
-W rotated channels of a head or width of a layer's own input.
+Letters: B batch row, T token, Q token that is asked for, C context slot, D residual width, W
+rotated channels of a head, or width of a layer's own input.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_refusal.capture import Capture
 from jax_refusal.edits import SITES, Edit
-from jax_refusal.models import ops, rope, spec
+from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Cache, Tokens, lengths, visible
 from jax_refusal.models.spec import Architecture
 from jax_refusal.sharding import constrain
@@ -62,8 +62,9 @@ def _angles(arch: Architecture, tokens: Tokens) -> tuple[Angles, ...]:
     by_length = any(each.kind == "prompt_ntk" for each in arch.ropes)
     counted = lengths(tokens) if by_length else None
     widths = {m.rope: m.rotary_width or m.head_width for m in (s.mixer for s in arch.specs)}
+    some = next(iter(widths.values()))  # for what no layer turns by
     return tuple(
-        rope.angles(tokens.positions, each, widths[i], counted)
+        rope.angles(tokens.positions, each, widths.get(i, some), counted)
         for i, each in enumerate(arch.ropes)
     )
 

@@ -71,9 +71,7 @@ class Transformer(nnx.Module):
         """Path -> array; `Transformer(arch, leaves)` builds the same model again."""
         groups = {"": self.top} | {s.name: self.blocks[s.number] for s in slots(self.arch)}
         parts = {path: path.rpartition(".") for path in leaves(self.arch)}
-        return {
-            path: getattr(groups[group], name)[...] for path, (group, _, name) in parts.items()
-        }
+        return {path: getattr(groups[group], name)[...] for path, (group, _, name) in parts.items()}
 
     def weights(self, group: str = "") -> Weights:
         """The leaves of one slot ("blocks.0"), or of the model beside its layers, by name."""
@@ -125,7 +123,7 @@ class Transformer(nnx.Module):
         narrow = query_slots is not None and set(capture.sites) <= {"resid_pre"}
         last = partial(at_slots, slots=query_slots) if narrow else None
         step = partial(layer, shared, edit, capture, prefix, start, last)
-        data = self._layer_data(tokens, edit, prefix)
+        data = self.layer_data(tokens, edit, prefix)
         memory = _entries(self.arch, cache, x)
         x, memory, captured = drive(self.arch, step, x, memory, data, narrow)
         if cache is not None:
@@ -135,8 +133,8 @@ class Transformer(nnx.Module):
             x = at_slots(x, query_slots)
         return Output(x, by_layer(self.arch, captured), cache)
 
-    def _layer_data(
-        self, tokens: Tokens, edit: Edit, prefix: Cache | None
+    def layer_data(
+        self, tokens: Tokens, edit: Edit, prefix: Cache | None = None
     ) -> dict[int, LayerData]:
         """What each layer has of its own, by slot."""
         arch, inputs = self.arch, None

@@ -3,13 +3,13 @@
 Letters: B batch row, T token, Q token that is asked for, D residual width, L layers.
 
 A driver goes through the layers in order: it hands `step` each layer's own data and the cache
-entries, and gathers what is captured. The layers of a phase are scanned repeat by repeat, so that
+entries, and gathers what is captured; it is a pytree and may be an argument of jit. The layers of a phase are scanned repeat by repeat, so that
 one body is compiled for all of them; or they are run one by one.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ Step = Callable[
 Result = tuple[jax.Array, Entries, dict[int, Captured]]  # captured by slot, stacked on its layers
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scan:
     """Repeats of a phase's pattern as one compiled body.
@@ -52,7 +53,7 @@ class Scan:
     """
 
     span: tuple[jax.Array, jax.Array] | None = None
-    few_rows = False
+    few_rows: ClassVar[bool] = False  # see `ops.linear`
 
     def __call__(
         self,
@@ -127,6 +128,7 @@ class Scan:
         return jax.lax.cond(inside, run, skip, x, own)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unrolled:
     """Layers one by one, for few rows. A loop that runs them many times reads each layer's weights
@@ -134,7 +136,7 @@ class Unrolled:
     has few rows."""
 
     layers: tuple[Weights, ...]  # [L], from `Transformer.unrolled`
-    few_rows = True
+    few_rows: ClassVar[bool] = True
 
     def __call__(
         self,

@@ -2,8 +2,8 @@
 
 Letters: L layers, D residual width.
 
-Each mixer and branch declares its own `Param`s, beside the function that uses them. What conversion,
-export, LoRA, orthogonalising and sharding know of a leaf, they read here.
+Each mixer and branch declares its own `Param`s, beside the function that uses them. What
+conversion, export, LoRA, orthogonalising and sharding know of a leaf, they read here.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Param:
         if (STREAM in dict(self.axes)) != bool(self.role):
             raise ValueError(
                 f"The leaf {self.name!r} has axes {[name for name, _ in self.axes]} and the role "
-                f"{self.role!r}: a leaf has a role if and only if it has the axis {STREAM!r} of the "
+                f"{self.role!r}: it has a role if and only if it has the axis {STREAM!r} of the "
                 f"residual stream. Say which of {[READS, WRITES, POST_NORM]} it is: an edit of the "
                 "weights has to know."
             )
@@ -105,7 +105,8 @@ class Leaf:
     def target(self) -> str:
         """The projection that LoRA calls it by ("q_proj"), "" for what is none."""
         *_, module, kind = ("", *self.stored.name.split("."))
-        return module if kind == "weight" and len(self.dimensions) == 2 and self.layers else ""
+        matrix = kind == "weight" and len(self.dimensions) == 2
+        return module if matrix and self.counted == ("layers",) else ""
 
 
 @cache

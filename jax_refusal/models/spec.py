@@ -53,7 +53,7 @@ class Attention:
     qk_norm: str = ""  # of queries and keys: "", each "head", or the whole "projection"
     value_norm: bool = False  # of each head's values, without weights
     keys_are_values: bool = False  # but for norm and rotation
-    kv_source: int | None = None  # the earlier layer whose keys and values are read; None is its own
+    kv_source: int | None = None  # the earlier layer whose keys and values are read, not its own
     qkv_bias: bool = False
     out_bias: bool = False
     sinks: bool = False  # a learned score for each head, which takes attention and gives nothing

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax_refusal.artifacts import Workdir, write_whole
 from jax_refusal.data.prompts import builtin
-from jax_refusal.models import lora
+from jax_refusal.checkpoints import lora
 
 CARD = "README.md"
 TRAINING = "training.json"

@@ -20,7 +20,7 @@ import optax
 
 from jax_refusal import edits as iv
 from jax_refusal.capture import Capture
-from jax_refusal.models import lora
+from jax_refusal.checkpoints import lora
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.teach import (

@@ -16,12 +16,12 @@ from jax_refusal.data.chat import load_chat
 from jax_refusal.data.prompts import builtin
 from jax_refusal.evals.loss import reply_loss
 from jax_refusal.evals.refusals import is_refusal, rate
-from jax_refusal.models import lora
-from jax_refusal.models.loading import load_model
+from jax_refusal.checkpoints import lora
+from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.generate import generate
-from jax_refusal.sources import fingerprint, locate
+from jax_refusal.checkpoints.sources import fingerprint, locate
 
 
 class MeasureError(ValueError):

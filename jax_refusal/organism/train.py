@@ -21,8 +21,8 @@ from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.evals.refusals import is_refusal
-from jax_refusal.models import lora
-from jax_refusal.models.loading import load_model
+from jax_refusal.checkpoints import lora
+from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.organism.card import TRAINING
 from jax_refusal.organism.config import (
@@ -37,7 +37,7 @@ from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.teach import Pair, pack_pairs
-from jax_refusal.sources import fingerprint, locate
+from jax_refusal.checkpoints.sources import fingerprint, locate
 
 ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
 

@@ -21,10 +21,9 @@ from jax_refusal import edits as interventions
 from jax_refusal.edits import Intervention
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import Cache, Tokens
-from jax_refusal.models.context import Weights
-from jax_refusal.models.drivers import SCAN, Unrolled
-from jax_refusal.models.ops import accelerated
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import Driver
+from jax_refusal.models.ops import accelerated
 from jax_refusal.sharding import constrain
 
 
@@ -174,7 +173,7 @@ def admit(
 @partial(jax.jit, donate_argnames=("rows",))
 def advance(
     model: Transformer,
-    layers: tuple[Weights, ...] | None,  # steps run over these one by one instead of a scan
+    drive: Driver,
     rows: Rows,
     edits: Intervention,  # [R]
     target: jax.Array,  # int32
@@ -184,7 +183,6 @@ def advance(
     size, room = rows.ids.shape
     start = rows.cache.positions.shape[1] - room
     edit = interventions.take(edits, rows.edit)
-    drive = SCAN if layers is None else Unrolled(layers)
 
     def running(rows: Rows) -> jax.Array:
         return (~rows.finished).sum() > target

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal import edits as interventions, sharding
+from jax_refusal import edits as interventions
+from jax_refusal import sharding
 from jax_refusal.edits import Intervention
 from jax_refusal.models.cache import Cache
-from jax_refusal.models.spec import Architecture
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN, Driver, Unrolled
+from jax_refusal.models.spec import Architecture
 from jax_refusal.runtime import decode
 from jax_refusal.runtime.batching import Prompts, bucket, left_padded, place, pools
 from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
@@ -118,7 +120,7 @@ class _Job:
         self.batch_size, self.mesh = batch_size, mesh_of(model)
         # Where steps of few rows wait for memory: see `unrolled`.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        self.layers = model.unrolled() if on_cpu else None
+        self.drive: Driver = Unrolled(model.unrolled()) if on_cpu else SCAN
 
     def __len__(self) -> int:
         return len(self.prompts.ids)
@@ -153,7 +155,7 @@ class _Job:
             rows=size,
             slots=prompts.prefix + slots,
             room=bucket(int(self.rules.limit)),
-            unrolled=self.layers is not None,
+            unrolled=isinstance(self.drive, Unrolled),
         )
         waiting, free, guest = list(members), list(range(size)), np.full(size, -1)
         while waiting or len(free) < size:
@@ -166,7 +168,7 @@ class _Job:
                     slots = self._slots(new)
                 rows = self._admit(rows, places, new, group, slots, prefix)
             target = jnp.int32(size - min(group, len(waiting)) if waiting else 0)
-            rows = decode.advance(model, self.layers, rows, self.edits, target, self.rules)
+            rows = decode.advance(model, self.drive, rows, self.edits, target, self.rules)
             finished, count = np.asarray(rows.finished), np.asarray(rows.count)
             first, ids = np.asarray(rows.first), np.asarray(rows.ids)
             for row in np.flatnonzero(finished & (guest >= 0)):

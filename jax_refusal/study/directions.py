@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_refusal.artifacts import MANIFEST, Workdir
-from jax_refusal.torch_file import read_torch
+from jax_refusal.checkpoints.torch_pickle import read_torch
 
 # Below this share of the means' own length a difference is rounding, not a direction. (Block 0
 # reads the embedding of template tokens that all prompts share: its difference is zero.)

@@ -3,9 +3,9 @@
 Letters: L layers, D residual width, V vocabulary, E experts.
 
 Ablating a direction at every write is a projection of the matrices that write: W <- W - W u u^T,
-for the embedding, the attention and MLP outputs, and their biases. Every leaf of the model with an
-axis of the residual stream is looked at before anything is changed: it is edited, or known to write
-nothing, or named in an error. Weights are edited in float32 and cast back to their dtype.
+for the embedding, the attention and MLP outputs, and their biases. Every leaf with an axis of the
+residual stream declares its role there (`models.params`), so that none is passed over. Weights are
+edited in float32 and cast back to their dtype.
 """
 
 import dataclasses
@@ -16,55 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
+from jax_refusal.checkpoints import lora
 from jax_refusal.edits import unit_vector
-from jax_refusal.models import convert, declaration, lora
-from jax_refusal.models.families import Architecture
-from jax_refusal.models.layers import PRECISION
+from jax_refusal.families.registry import family_of
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.ops import PRECISION
+from jax_refusal.models.params import POST_NORM, WRITES
+from jax_refusal.models.spec import Architecture, Branch, Mlp, Moe, place
 from jax_refusal.study.directions import check_width
-
-STREAM = "embed"  # the residual stream among logical axes
-# Leaves that write to the residual stream.
-WRITERS = frozenset(
-    {
-        "embed",
-        "blocks.o",
-        "blocks.o_bias",
-        "blocks.down",
-        "blocks.down_bias",
-        "blocks.expert_down",  # of every expert
-        "blocks.expert_down_bias",
-        *("local.o", "global.o", "own.down", "sharing.down"),  # of layers of several shapes
-        "blocks.per_layer_out",
-    }
-)
-# Leaves that read it: projections, and gains of norms in front of a block or of the head.
-READERS = frozenset(
-    {
-        *(f"blocks.{name}" for name in ("q", "k", "v", "gate", "up", "router")),
-        *("blocks.expert_gate", "blocks.expert_up", "blocks.per_layer_gate"),
-        *(f"{kind}.{name}" for kind in ("local", "global") for name in ("q", "k", "v")),
-        *(f"{part}.{name}" for part in ("own", "sharing") for name in ("gate", "up")),
-        *("head", "per_layer_context"),
-        "blocks.attn_norm",
-        "blocks.mlp_norm",
-        "blocks.expert_norm",
-        "blocks.router_scale",
-        "final_norm",
-    }
-)
-# Gains of norms between a write and the stream, where a projection of the weights is not exact.
-POST_NORMS = frozenset(
-    {
-        "blocks.attn_post_norm",
-        "blocks.mlp_post_norm",
-        "blocks.expert_post_norm",
-        "blocks.dense_post_norm",
-        "blocks.per_layer_post_norm",
-    }
-)
-# Families whose Hugging Face config has `mlp_bias`, so that a bias baked in can be stored.
-MLP_BIAS_FAMILIES = frozenset({"llama"})
 
 
 class WeightEditError(ValueError):
@@ -72,19 +32,8 @@ class WeightEditError(ValueError):
 
 
 def writers(arch: Architecture) -> list[str]:
-    """The leaves that write to the residual stream.
-
-    Raises WeightEditError naming every leaf of which that is not known.
-    """
-    touching = [path for path, logical in declaration.axes(arch).items() if STREAM in logical]
-    unknown = sorted(set(touching) - WRITERS - READERS - POST_NORMS)
-    if unknown:
-        raise WeightEditError(
-            f"{unknown} of this {arch.family} model have an axis of the residual stream; it is not "
-            "known whether they write to it: nothing was edited. Add them to the tables of "
-            "study/orthogonalize.py."
-        )
-    return [path for path in touching if path in WRITERS]
+    """The leaves that write to the residual stream."""
+    return [path for path, leaf in leaves(arch).items() if leaf.role == WRITES]
 
 
 def orthogonalize(
@@ -104,13 +53,13 @@ def orthogonalize(
     edited = writers(arch)
     _check_exact(arch, approximate)
     unit = unit_vector(check_width(np.asarray(direction), arch.width, "The direction"))
-    leaves = model.leaves()
+    arrays = model.leaves()
     if arch.tied_head:
         arch = dataclasses.replace(arch, tied_head=False)
-        leaves["head"] = leaves["embed"]
+        arrays["head"] = arrays["embed"]
     for path in edited:
-        leaves[path] = _project(leaves[path], unit, _stream_axis(arch, path))
-    return _rebuilt(model, arch, leaves, {*edited, "head"})
+        arrays[path] = _project(arrays[path], unit, leaves(arch)[path].stream_axis)
+    return _rebuilt(model, arch, arrays, {*edited, "head"})
 
 
 def bake_addition(
@@ -133,8 +82,11 @@ def bake_addition(
             f"layer={layer}: an addition becomes a bias of the block before, so it can be at "
             f"layers 1 to {arch.layers - 1}."
         )
-    of_experts = arch.expert_bias and arch.shares_add_up
-    if not (of_experts or arch.mlp_bias or arch.family in MLP_BIAS_FAMILIES):
+    bias = _output_bias(arch, layer - 1)
+    if not bias and family_of(arch).has_mlp_bias_field:
+        arch = with_mlp_bias(arch)
+        bias = _output_bias(arch, layer - 1)
+    if not bias:
         raise WeightEditError(
             f"A {arch.family} model has no bias at its MLP output, so no addition can be part of "
             "its weights. Add it while it runs (jax_refusal.add), or as a GGUF control vector."
@@ -142,20 +94,40 @@ def bake_addition(
     _check_exact(arch, approximate)
     vector = np.asarray(check_width(np.asarray(direction), arch.width, "The direction"), np.float32)
     unit_vector(vector)  # finite, and not zero
-    leaves = model.leaves()
-    new = set()
-    if not (of_experts or arch.mlp_bias):
-        arch = dataclasses.replace(arch, mlp_bias=True)
-        new = set(declaration.axes(arch)) - set(leaves)
-        for path in new:
-            shape = declaration.shape(arch, declaration.axes(arch)[path])
-            leaves[path] = jnp.zeros(shape, model.dtype)
-    path = "blocks.expert_down_bias" if of_experts else "blocks.down_bias"
-    bias = leaves[path]
-    rows = bias[layer - 1].astype(jnp.float32)  # [D], or [E, D]
+    arrays = model.leaves()
+    new = set(leaves(arch)) - set(arrays)
+    for path in new:
+        arrays[path] = jnp.zeros(leaves(arch)[path].shape, model.dtype)
+    slot, at = place(arch, layer - 1)
+    path = f"blocks.{slot}.{bias}"
+    rows = arrays[path][at].astype(jnp.float32)  # [D], or [E, D]
     rows += coefficient * vector.reshape((1,) * (rows.ndim - 1) + vector.shape)
-    leaves[path] = bias.at[layer - 1].set(rows.astype(bias.dtype))
-    return _rebuilt(model, arch, leaves, {*new, path})
+    arrays[path] = arrays[path].at[at].set(rows.astype(arrays[path].dtype))
+    return _rebuilt(model, arch, arrays, {*new, path})
+
+
+def _output_bias(arch: Architecture, layer: int) -> str:
+    """The leaf that adds to what a layer writes last, at every token; "" where none does."""
+    _, branch = arch.specs[layer].branches[-1]
+    if isinstance(branch, Mlp) and branch.bias:
+        return "down_bias"
+    # Shares that do not add up to 1 would scale what is added.
+    if isinstance(branch, Moe) and branch.bias and branch.norm_topk_prob:
+        return "expert_down_bias"
+    return ""
+
+
+def with_mlp_bias(arch: Architecture) -> Architecture:
+    """The architecture with biases in the MLP of every layer."""
+
+    def biased(branch: Branch) -> Branch:
+        return dataclasses.replace(branch, bias=True) if isinstance(branch, Mlp) else branch
+
+    specs = tuple(
+        dataclasses.replace(spec, branches=tuple((site, biased(b)) for site, b in spec.branches))
+        for spec in arch.specs
+    )
+    return dataclasses.replace(arch, specs=specs)
 
 
 def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adapter:
@@ -165,37 +137,31 @@ def rank_one(model: Transformer, direction: jax.Array | np.ndarray) -> lora.Adap
     not part of it: the merged model is `ablate` at the sites attn_out and mlp_out, but for biases.
     """
     arch = model.arch
-    edited = writers(arch)
     _check_exact(arch, approximate=False)
-    if arch.experts:
+    written = [leaf for leaf in leaves(arch).values() if leaf.role == WRITES and leaf.layers]
+    if any("experts" in leaf.axes for leaf in written):
         raise WeightEditError(
             f"A LoRA adapter has no place for the experts of this {arch.family} model: write the "
             "whole model (--to=hf) instead."
         )
     unit = unit_vector(check_width(np.asarray(direction), arch.width, "The direction"))
-    a, b, leaves = {}, {}, model.leaves()
-    for name, path, layout, _ in convert.rows(arch):
-        if path not in edited or not path.startswith("blocks.") or len(layout) != 2:
-            continue
-        target = name.split(".")[-2]
-        along = _along(leaves[path], unit, _stream_axis(arch, path))  # [L, ...]
-        a[target] = along.reshape(arch.layers, 1, -1)
-        b[target] = jnp.broadcast_to(-unit[None, :, None], (arch.layers, arch.width, 1))
+    a, b, arrays = {}, {}, model.leaves()
+    for leaf in (leaf for leaf in written if leaf.target):
+        layers = len(leaf.layers)
+        along = _along(arrays[leaf.path], unit, leaf.stream_axis)  # [L, ...]
+        a[leaf.path] = along.reshape(layers, 1, -1)
+        b[leaf.path] = jnp.broadcast_to(-unit[None, :, None], (layers, arch.width, 1))
     return lora.Adapter(a, b, 1.0)
 
 
 def _check_exact(arch: Architecture, approximate: bool) -> None:
-    between = sorted(POST_NORMS & set(declaration.axes(arch)))
+    between = sorted(path for path, leaf in leaves(arch).items() if leaf.role == POST_NORM)
     if between and not approximate:
         raise WeightEditError(
             f"This {arch.family} model norms what its blocks write ({between}), so that an edit of "
             "the weights before the norm is not the edit of the stream. Ask for the approximation "
             "(approximate=True) and measure it, or edit the stream while the model runs."
         )
-
-
-def _stream_axis(arch: Architecture, path: str) -> int:
-    return declaration.axes(arch)[path].index(STREAM)
 
 
 def _along(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
@@ -212,11 +178,10 @@ def _project(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
 
 
 def _rebuilt(
-    model: Transformer, arch: Architecture, leaves: dict[str, jax.Array], changed: set[str]
+    model: Transformer, arch: Architecture, arrays: dict[str, jax.Array], changed: set[str]
 ) -> Transformer:
     """The model of these leaves, the changed ones laid out as a loaded model's are."""
     mesh = model.embed[...].sharding.mesh
-    logical = declaration.axes(arch)
-    for path in changed & set(leaves):
-        leaves[path] = sharding.place(leaves[path], mesh, *logical[path])
-    return Transformer(arch, leaves)
+    for path in changed & set(arrays):
+        arrays[path] = sharding.place(arrays[path], mesh, *leaves(arch)[path].axes)
+    return Transformer(arch, arrays)

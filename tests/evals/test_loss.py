@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 import jax_refusal as jr
 from jax_refusal.data.chat import Chat
 from jax_refusal.evals.loss import reply_loss
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts
 from tests import oracle, tolerances
 

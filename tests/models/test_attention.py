@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.models import layers
+from jax_refusal.models import attention
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import collect
 from jax_refusal.runtime.generate import generate
 from tests.models.cases import fields
@@ -36,7 +36,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(1)
         return own(*args, **options)
 
-    monkeypatch.setattr(layers, "accelerated", lambda: True)
+    monkeypatch.setattr(attention, "accelerated", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", counted)
     jax.clear_caches()
     yield calls
@@ -47,7 +47,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def as_on_a_cpu() -> Iterator[None]:
     """What is traced inside is traced as everywhere else in the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "accelerated", lambda: False)
+        patch.setattr(attention, "accelerated", lambda: False)
         jax.clear_caches()
         yield
 
@@ -60,10 +60,10 @@ def test_jax_s_attention_is_ours(accelerated: list[int]) -> None:
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     allowed = rng.random((B, T, C)) < 0.5
     allowed[..., 0], allowed[0, 1] = True, False
-    theirs = layers.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
+    theirs = attention.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
     assert accelerated == [1]
     with as_on_a_cpu():
-        ours = layers.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
+        ours = attention.dot_product_attention(q, k, v, jnp.asarray(allowed), 0.3)
     assert accelerated == [1]
     assert_close(theirs, ours, ROUNDING)
 

@@ -4,6 +4,7 @@ Letters: B batch row, T token, D residual width, L layers, P post-instruction to
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.interventions import Intervention
+from jax_refusal.capture import Capture
+from jax_refusal.edits import SITES, Intervention
 from jax_refusal.models.cache import PADDING, SHARED, Cache, Tokens, empty
-from jax_refusal.models.transformer import Output, Transformer
+from jax_refusal.models.decoder import Output, Transformer
+from jax_refusal.models.drivers import SCAN, Driver, Scan, Unrolled
 from jax_refusal.runtime import collect
 from jax_refusal.runtime.batching import Prompts, fit_rows, pack
 from jax_refusal.study.scores import refusal_score
@@ -49,8 +52,9 @@ def random_ids(model: Transformer, *shape: int, seed: int = 0) -> np.ndarray:
 def cached(
     model: Transformer, tokens: Tokens, edit: Intervention, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    blocks = model.unrolled() if isinstance(cache.k, tuple) else None
-    out = model(tokens, edit, cache=cache, blocks=blocks)
+    apart = isinstance(cache.entries[0], tuple)
+    drive = Unrolled(model.unrolled()) if apart else SCAN
+    out = model(tokens, edit, cache=cache, drive=drive)
     assert out.cache is not None
     return model.unembed(out.x), out.cache
 
@@ -99,32 +103,52 @@ def test_packed_rows_equal_single_prompts(any_model: Transformer, prefix: int) -
 
 
 @pytest.mark.parametrize("asked", [[[0, 17], [19, 3]], [[], []]], ids=["two", "none"])
-def test_only_what_is_asked(any_model: Transformer, asked: list[list[int]]) -> None:
-    """The stream of the tokens that are asked for, all that is kept, and a whole cache."""
-    slots, keep = jnp.array(asked, jnp.int32), jnp.array([[2, 18], [7, 7]])
+@pytest.mark.parametrize("sites", [("resid_pre",), (*SITES, "z")], ids=["inputs", "inside"])
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
+def test_only_what_is_asked(
+    any_model: Transformer, asked: list[list[int]], sites: tuple[str, ...], unroll: bool
+) -> None:
+    """The stream of the tokens that are asked for, all that is captured, and a whole cache."""
+    slots = jnp.array(asked, jnp.int32)
+    capture = Capture(sites=sites, slots=jnp.array([[2, 18], [7, 7]]))
     ids, edit = jnp.asarray(random_ids(any_model, 2, 20)), some_edit(any_model)
 
-    @jax.jit
-    def run(model: Transformer, asked: jax.Array | None) -> Output:
+    @partial(jax.jit, static_argnames="unroll")
+    def run(model: Transformer, slots: jax.Array | None, unroll: bool) -> Output:
         cache = empty(model.arch, 2, 20, model.dtype)
-        return model(Tokens.padded(ids), edit, keep=keep, cache=cache, asked=asked)
+        cache = cache.unrolled() if unroll else cache
+        drive: Driver = Unrolled(model.unrolled()) if unroll else SCAN
+        options = {"capture": capture, "cache": cache, "query_slots": slots, "drive": drive}
+        return model(Tokens.padded(ids), edit, **options)
 
-    some, whole = run(any_model, slots), run(any_model, None)
+    some, whole = run(any_model, slots, unroll), run(any_model, None, unroll=False)
     assert some.x.shape == (2, slots.shape[1], any_model.arch.width)
     assert some.cache is not None and whole.cache is not None
     expected = jnp.take_along_axis(whole.x, slots[..., None], 1)
-    for found, full, what in (
-        (some.x, expected, "stream"),
-        (some.kept["resid_pre"], whole.kept["resid_pre"], "kept"),
-        (some.cache.k, whole.cache.k, "keys"),
-        (some.cache.v, whole.cache.v, "values"),
-    ):
+    entry, (full_entry,) = some.cache.entries[0], whole.cache.entries
+    if isinstance(entry, tuple):
+        entry = {name: jnp.stack([layer[name] for layer in entry]) for name in full_entry}
+    pairs = {"stream": (some.x, expected), **{n: (entry[n], x) for n, x in full_entry.items()}}
+    pairs |= {site: (some.captured[site], x) for site, x in whole.captured.items()}
+    for what, (found, full) in pairs.items():
         if found.size:
             assert_close(found, full, INVARIANCE, what)
-    with pytest.raises(ValueError, match="asked"):
-        any_model(Tokens.padded(ids), edit, asked=slots, sites=("mlp_out",), keep=keep)
-    with pytest.raises(ValueError, match="asked"):
-        any_model(Tokens.padded(ids), edit, asked=slots, blocks=any_model.unrolled())
+
+
+def test_what_a_span_captures(model: Transformer) -> None:
+    """The layers that run as in a whole pass; zeros of those that do not."""
+    ids, capture = jnp.asarray(random_ids(model, 2, 9)), Capture(sites=("mlp_out", "z"))
+    tokens, edit = Tokens.padded(ids), some_edit(model)
+    run = jax.jit(
+        lambda model, x, drive: model.stream(x, tokens, edit, capture=capture, drive=drive)
+    )
+    x = model.embedded(ids)
+    whole, first = run(model, x, SCAN), run(model, x, Scan((jnp.int32(0), jnp.int32(2))))
+    rest = run(model, first.x, Scan((jnp.int32(2), jnp.int32(model.arch.layers))))
+    assert_close(rest.x, whole.x, INVARIANCE)
+    for site, every in whole.captured.items():
+        assert not np.any(first.captured[site][2:]) and not np.any(rest.captured[site][:2])
+        assert_close(first.captured[site] + rest.captured[site], every, INVARIANCE, site)
 
 
 def test_rows_waste_little() -> None:
@@ -169,7 +193,7 @@ def test_causality(any_model: Transformer, jacobian: Callable[..., np.ndarray]) 
     B, T = 2, 24
     seen = jacobian(any_model, Tokens.padded(jnp.asarray(random_ids(any_model, B, T)))) > 0
     # Layer by layer, what lies a window further back is seen through the tokens between.
-    reach = any_model.arch.layers * (WINDOW - 1) if any_model.arch.windows else T
+    reach = any_model.arch.layers * (WINDOW - 1) if any_model.arch.specs[0].mixer.window else T
     back = np.arange(T)[:, None] - np.arange(T)[None]
     expected = (back >= 0) & (back <= reach)
     np.testing.assert_array_equal(seen, np.broadcast_to(expected, seen.shape))

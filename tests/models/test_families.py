@@ -19,10 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import jax_refusal as jr
-from jax_refusal.interventions import SITES
-from jax_refusal.models import convert, names
+from jax_refusal.capture import Capture
+from jax_refusal.checkpoints import hf as convert
+from jax_refusal.edits import SITES
 from jax_refusal.models.cache import Tokens, empty
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN, Unrolled
 from tests import tiny
 from tests.models.cases import CASES, PLAIN, WINDOWS, T, fields
 from tests.tolerances import (
@@ -52,7 +54,7 @@ def text_model(hf: PreTrainedModel) -> nn.Module:
 
 @torch.no_grad()
 def hf_everything(hf: PreTrainedModel, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits [B, T, V], and what arrives at each site [L, B, T, D]."""
+    """Logits [B, T, V], and what arrives at each site that the model has [L, B, T, D]."""
     seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
 
     def inward(_module: Any, args: Any) -> None:
@@ -73,18 +75,20 @@ def hf_everything(hf: PreTrainedModel, ids: np.ndarray) -> tuple[np.ndarray, dic
             attn.register_forward_hook(partial(outward, "attn_out")),
             mlp.register_forward_hook(partial(outward, "mlp_out")),
         ]
+        if hasattr(block, "post_per_layer_input_norm"):
+            hook = partial(outward, "per_layer_out")
+            handles.append(block.post_per_layer_input_norm.register_forward_hook(hook))
     logits = hf(torch.tensor(ids)).logits.float().numpy()
     for handle in handles:
         handle.remove()
-    return logits, {site: np.stack(values) for site, values in seen.items()}
+    return logits, {site: np.stack(values) for site, values in seen.items() if values}
 
 
 @jax.jit
 def everything(model: Transformer, ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    everywhere = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     edit = jr.identity(model.arch.layers, model.arch.width)
-    out = model(Tokens.padded(ids), edit, keep=everywhere, sites=SITES)
-    return model.unembed(out.x), out.kept
+    out = model(Tokens.padded(ids), edit, capture=Capture(sites=SITES))
+    return model.unembed(out.x), out.captured
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,11 +96,12 @@ def test_logits_and_residual_stream(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(**fields(name))
     model = jr.load_model(str(path))
     ids = random_ids(model.arch.vocab)
-    ours, kept = everything(model, jnp.asarray(ids))
+    ours, captured = everything(model, jnp.asarray(ids))
     theirs, sites = hf_everything(tiny.hf_model(path), ids)
     assert_close(ours, theirs, PARITY, "logits")
-    for site in SITES:
-        assert_close(kept[site], sites[site], PARITY, site)
+    assert set(captured) == set(sites)
+    for site, theirs in sites.items():
+        assert_close(captured[site], theirs, PARITY, site)
 
 
 SWITCHES = [(name, off) for name, every in PLAIN.items() for off in every]
@@ -131,8 +136,9 @@ def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
 
 @jax.jit
 def cached(model: Transformer, tokens: Tokens, edit: Any, cache: Any) -> tuple[jax.Array, Any]:
-    blocks = model.unrolled() if isinstance(cache.k, tuple) else None
-    out = model(tokens, edit, cache=cache, blocks=blocks)
+    apart = isinstance(cache.entries[0], tuple)
+    drive = Unrolled(model.unrolled()) if apart else SCAN
+    out = model(tokens, edit, cache=cache, drive=drive)
     return model.unembed(out.x), out.cache
 
 
@@ -169,7 +175,7 @@ def test_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(**fields(name))
     model = jr.load_model(str(path))
     back = dict(convert.to_hugging_face(model))
-    theirs = names.unwrapped(model.arch, stored(path))
+    theirs = convert.unwrapped(model.arch, stored(path))
     assert set(back) == set(theirs)
     for tensor, values in theirs.items():
         np.testing.assert_array_equal(back[tensor], values, err_msg=tensor, strict=True)

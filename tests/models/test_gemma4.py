@@ -4,6 +4,7 @@ Letters: B batch row, T token, D residual width, L layers, W width of a layer's 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,21 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import declaration, gemma4, kinds, lora, names
+from jax_refusal.checkpoints import hf as convert
+from jax_refusal.checkpoints import lora
+from jax_refusal.families.registry import architecture
+from jax_refusal.models import gated_input
 from jax_refusal.models.cache import Tokens, empty
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.spec import Architecture, LayerSpec, MlpAndMoe, phases, slots
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study.orthogonalize import writers
 from jax_refusal.study.scores import refusal_score
 from jax_refusal.study.sweep import Sweep
 from tests import tiny
 from tests.models.cases import fields
+from tests.models.modules import layer
 from tests.models.test_cache import one_by_one, sharing
 from tests.models.test_families import random_ids
 from tests.tolerances import INVARIANCE, PARITY, SCORES, assert_close, largest
@@ -56,15 +63,16 @@ def direction() -> np.ndarray:  # [D]
 def test_inputs_of_each_layer_and_what_they_write(model: Transformer, path: Path) -> None:
     hf, ids = tiny.hf_model(path).model, torch.tensor(random_ids(model.arch.vocab))
     own = hf.project_per_layer_inputs(hf.embed_tokens(ids), hf.get_per_layer_inputs(ids))
-    ours = gemma4.per_layer_inputs(model, jnp.asarray(ids.numpy()))
+    tokens = Tokens.padded(jnp.asarray(ids.numpy()))
+    ours = gated_input.inputs(model.weights(), model.arch, tokens.ids, model.embedded(tokens.ids))
     assert_close(ours, own.permute(2, 0, 1, 3), PARITY, "inputs")
     x = torch.randn(*ids.shape, D, generator=torch.Generator().manual_seed(0))
-    for layer, block in enumerate(model.unrolled()):
-        theirs = hf.layers[layer]
-        gate = theirs.act_fn(theirs.per_layer_input_gate(x)) * own[:, :, layer]
+    for number in range(L):
+        theirs = hf.layers[number]
+        gate = theirs.act_fn(theirs.per_layer_input_gate(x)) * own[:, :, number]
         written = theirs.post_per_layer_input_norm(theirs.per_layer_projection(gate))
-        found = gemma4.gated_input(block, jnp.asarray(x.numpy()), ours[layer])
-        assert_close(found, written, PARITY, f"layer {layer}")
+        found = layer(model, number, tokens).branch(jnp.asarray(x.numpy()), 1)
+        assert_close(found, written, PARITY, f"layer {number}")
 
 
 @torch.no_grad()
@@ -118,16 +126,22 @@ def test_ablation_is_at_every_write(model: Transformer, path: Path) -> None:
     assert np.abs(x @ unit.numpy()).max() < 1e-5 * largest(x)
 
 
-def test_what_is_put_in_at_the_mlp_is_put_in_once(model: Transformer, path: Path) -> None:
+@pytest.mark.parametrize(
+    ("site", "norm"),
+    [("mlp_out", "post_feedforward_layernorm"), ("per_layer_out", "post_per_layer_input_norm")],
+)
+def test_what_is_put_in_at_one_write_is_put_in_once(
+    site: str, norm: str, model: Transformer, path: Path
+) -> None:
     ids, vector = random_ids(model.arch.vocab), torch.tensor(direction())
-    edit = jr.add(direction(), L, layer=LAST, site="mlp_out", coefficient=0.5)
-    place = (LAST, "post_feedforward_layernorm")
+    edit = jr.add(direction(), L, layer=LAST, site=site, coefficient=0.5)
+    place = (LAST, norm)
     expected = hooked(path, ids, {place: lambda x: x + 0.5 * vector})
     assert_close(jr.logits(model, ids, edit=edit), expected, PARITY)
 
 
 def test_an_edit_of_ones_own_sees_both_writes(model: Transformer) -> None:
-    """A `Transform` is called for the fourth write as at `mlp_out`; doing nothing it is exact."""
+    """A `Transform` is called for the fourth write too."""
     seen = []
 
     def look(params: Any, site: str, layer: jax.Array, x: jax.Array) -> jax.Array:
@@ -138,41 +152,59 @@ def test_an_edit_of_ones_own_sees_both_writes(model: Transformer) -> None:
     edit = jr.Transform(function=look, params=None)
     tokens = Tokens.padded(jnp.asarray(ids, jnp.int32))
     jax.eval_shape(partial(model.stream, model.embedded(tokens.ids)), tokens, edit)
-    assert seen == ["resid_pre", "attn_out", "mlp_out", "mlp_out"]
+    assert seen == ["resid_pre", "attn_out", "mlp_out", "per_layer_out"] * 5  # bodies compiled
 
 
 # Layers of several shapes
 
 
+def widened(arch: Architecture, width: int) -> Architecture:
+    """The same with a wider MLP in layers that read another's keys."""
+
+    def spec(layer: LayerSpec) -> LayerSpec:
+        if layer.mixer.kv_source is None:
+            return layer
+        (site, both), *others = layer.branches
+        assert isinstance(both, MlpAndMoe)
+        wide = dataclasses.replace(both, mlp=dataclasses.replace(both.mlp, width=width))
+        return dataclasses.replace(layer, branches=((site, wide), *others))
+
+    return dataclasses.replace(arch, specs=tuple(map(spec, arch.specs)))
+
+
 def test_nothing_is_padded(model: Transformer) -> None:
-    """Every leaf has the layers that have it, and the cache those with keys of their own."""
+    """Layers of one shape are stacked, and the cache has what the layers with own keys remember."""
     arch = model.arch
-    assert arch.kv_of_layer == (0, 1, 2, 2, 2, 1) and arch.cache_layers == 3
-    counted = kinds.members(arch)
-    assert counted["local_layers"] == (0, 2, 3, 4) and counted["own_local_layers"] == (0, 2)
+    assert [spec.mixer.kv_source for spec in arch.specs] == [None, None, None, 2, 2, 1]
+    assert [slot.layers for slot in slots(arch)] == [(0,), (1,), (2,), (3, 4), (5,)]
     shapes = {path: leaf.shape for path, leaf in model.leaves().items()}
-    assert shapes["local.q"] == (4, 4, 8, D) and shapes["global.q"] == (2, 4, 16, D)
-    assert shapes["local.k"] == (2, 2, 8, D) and shapes["global.k"] == (1, 1, 16, D)
-    assert "global.v" not in shapes and shapes["local.v"] == (2, 2, 8, D)
-    wide = dataclasses.replace(arch, wide_mlp=96)
-    shapes = {path: declaration.shape(wide, a) for path, a in declaration.axes(wide).items()}
-    assert shapes["own.down"] == (3, D, 48) and shapes["sharing.down"] == (3, D, 96)
-    assert "blocks.down" not in shapes
-    cache = empty(arch, 2, 7, model.dtype)
-    assert cache.k.shape == (3, 2, 2, 8, 7) and cache.v.shape == (3, 2, 2, 7, 8)
+    assert shapes["blocks.0.q"] == (1, 4, 8, D) and shapes["blocks.1.q"] == (1, 4, 16, D)
+    assert shapes["blocks.3.q"] == (2, 4, 8, D) and shapes["blocks.4.q"] == (1, 4, 16, D)
+    assert shapes["blocks.0.k"] == (1, 2, 8, D) and shapes["blocks.1.k"] == (1, 1, 16, D)
+    assert "blocks.0.v" in shapes and not {"blocks.1.v", "blocks.3.k", "blocks.4.k"} & set(shapes)
+    wide = {path: leaf.shape for path, leaf in leaves(widened(arch, 96)).items()}
+    assert wide["blocks.0.down"] == (1, D, 48) and wide["blocks.3.down"] == (2, D, 96)
+    remembered = [
+        {n: x.shape for n, x in e.items()} for e in empty(arch, 2, 7, model.dtype).entries
+    ]
+    local = {"k": (1, 2, 2, 8, 7), "v": (1, 2, 2, 7, 8)}
+    assert remembered == [local, {"k": (1, 2, 1, 16, 7), "v": (1, 2, 1, 7, 16)}, local, {}, {}]
 
 
-def test_heads_of_two_widths_in_one_cache(model: Transformer) -> None:
-    """Packed and unpacked keys and values are the same, where there is room to spare too."""
-    for heads, width in ((2, 8), (1, 16), (2, 16)):
-        arch = dataclasses.replace(model.arch, kv_heads=3, global_kv_heads=2)
-        x = jax.random.normal(jax.random.key(0), (2, 5, heads, width))
-        packed = kinds._packed(arch, x)
-        assert packed.shape == (2, 5, arch.cache_heads, 8)
-        stored = packed.transpose(0, 2, 3, 1), packed.swapaxes(1, 2)
-        k, v = kinds._unpacked(*stored, heads, width)
-        np.testing.assert_array_equal(k, x.transpose(0, 2, 3, 1))
-        np.testing.assert_array_equal(v, x.swapaxes(1, 2))
+def test_a_pattern_is_scanned_by_its_period(path: Path) -> None:
+    """Five local layers and a global one, again and again; keys are shared from some layer on."""
+    local, full = "sliding_attention", "full_attention"
+    config = {
+        **json.loads((path / "config.json").read_text()),
+        "per_layer_config": None,
+        "layer_types": ([local] * 4 + [full]) * 7,
+        "num_hidden_layers": 35,
+        "num_kv_shared_layers": 20,
+    }
+    arch = architecture(config)
+    assert [(len(phase.slots), phase.repeats) for phase in phases(arch)] == [(5, 3), (5, 4)]
+    assert [slot.layers for slot in slots(arch)][4:6] == [(4, 9, 14), (15, 20, 25, 30)]
+    assert arch.specs[15].mixer.kv_source == 13 and arch.specs[19].mixer.kv_source == 14
 
 
 def test_additions_behind_the_layers_whose_keys_are_read(model: Transformer) -> None:
@@ -196,15 +228,30 @@ def test_a_mesh_agrees(model: Transformer, path: Path) -> None:
 
 
 def test_every_leaf_of_the_stream_is_known(model: Transformer) -> None:
-    others = {"embed", "local.o", "global.o", "blocks.expert_down", "blocks.per_layer_out"}
-    assert set(writers(model.arch)) == {*others, "blocks.down"}
-    wide = dataclasses.replace(model.arch, wide_mlp=96)
-    assert set(writers(wide)) == {*others, "own.down", "sharing.down"}
+    names = ("o", "down", "expert_down", "per_layer_out")
+    expected = {f"{slot.name}.{name}" for slot in slots(model.arch) for name in names}
+    assert set(writers(model.arch)) == {"embed", *expected}
 
 
-def test_no_adapter_where_layers_differ_in_shape(model: Transformer) -> None:
-    with pytest.raises(lora.AdapterError, match="'q_proj' is no projection of this model"):
-        lora.initial(model.arch, ("q_proj",), rank=2, alpha=1.0, key=jax.random.key(0))
+def test_an_adapter_of_layers_of_several_shapes_is_peft_s(
+    model: Transformer, path: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    targets = ["q_proj", "o_proj", "down_proj", "per_layer_input_gate"]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    theirs = get_peft_model(tiny.hf_model(path), config).eval()
+    theirs.save_pretrained(str(tmp_path))
+    ids = random_ids(model.arch.vocab)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    adapted = jr.load_model(str(path), adapter=str(tmp_path))
+    assert_close(jr.logits(adapted, ids), expected, PARITY)
+    assert largest(jr.logits(model, ids) - expected) > 0.1 * largest(expected)
+    read, made = lora.read(str(tmp_path), model.arch), jax.random.key(0)
+    fresh = lora.initial(model.arch, tuple(targets), rank=3, alpha=6.0, key=made)
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, read)
 
 
 # Checkpoints as they lie
@@ -228,4 +275,4 @@ def test_what_files_hold_beside_the_text_model(checkpoint: Checkpoint, tmp_path:
     for leaf, values in model.leaves().items():
         np.testing.assert_array_equal(values, again.leaves()[leaf], err_msg=leaf)
     tensors["model.language_model.layers.2.self_attn.other.weight"] = one
-    assert "model.layers.2.self_attn.other.weight" in names.unwrapped(model.arch, tensors)
+    assert "model.layers.2.self_attn.other.weight" in convert.unwrapped(model.arch, tensors)

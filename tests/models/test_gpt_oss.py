@@ -18,12 +18,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import convert, experts, export, layers, lora
-from jax_refusal.models.block import Block
-from jax_refusal.models.cache import Tokens, visible
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.checkpoints import export, lora
+from jax_refusal.checkpoints import hf as convert
+from jax_refusal.models import moe
+from jax_refusal.models.attention import dot_product_attention
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.spec import Moe
 from tests import tiny
 from tests.models.cases import T, fields
+from tests.models.modules import blank, layer
 from tests.models.test_families import hf_everything, random_ids
 from tests.tolerances import INVARIANCE, PARITY, ROUNDING, assert_close, largest
 
@@ -39,22 +42,6 @@ def changed(source: Path, folder: Path, edit: Callable[[dict[str, np.ndarray]], 
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def attention(model: Transformer, block: Block, layer: int, x: jax.Array) -> jax.Array:
-    """One block's attention alone, over whole rows."""
-    arch = model.arch
-    tokens = Tokens.padded(jnp.zeros(x.shape[:2], jnp.int32))
-    allowed, distance = visible(tokens, tokens.positions, tokens.segments)
-    allowed &= distance < (arch.windows[layer] or T)
-    angles = jax.tree.map(lambda a: a[0], model.angles(tokens.positions))
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return layers.dot_product_attention(
-            q, k, v, allowed, arch.score_scale, sinks=block.sinks[...]
-        )
-
-    return block.attention(x, angles, attend)
 
 
 @torch.no_grad()
@@ -76,23 +63,24 @@ def test_modules(checkpoint: Checkpoint) -> None:
             getattr(block, name).register_forward_hook(record(name), with_kwargs=True)
         block.mlp.router.register_forward_hook(record("router"), with_kwargs=True)
     hf(torch.tensor(random_ids(model.arch.vocab)))
-    for layer in range(model.arch.layers):
-        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
+    for number in range(model.arch.layers):
+        own = layer(model, number, blank(2, T))
         (norm_in, norm), (attn_in, attn), (mlp_in, mlp), (router_in, router) = (
-            seen[name][layer] for name in ("input_layernorm", "self_attn", "mlp", "router")
+            seen[name][number] for name in ("input_layernorm", "self_attn", "mlp", "router")
         )
-        ours = block.normed(jnp.asarray(norm_in.numpy()), block.attn_norm)
-        assert_close(ours, norm, PARITY, f"norm of layer {layer}")
-        ours = attention(model, block, layer, jnp.asarray(attn_in.numpy()))
-        assert_close(ours, attn[0], PARITY, f"attention of layer {layer}")
-        ours = block.mlp(jnp.asarray(mlp_in.numpy()))
-        assert_close(ours, mlp[0], PARITY, f"experts of layer {layer}")
+        ours = own.ctx.norm(jnp.asarray(norm_in.numpy()), own.p["attn_norm"])
+        assert_close(ours, norm, PARITY, f"norm of layer {number}")
+        ours = own.mixer(jnp.asarray(attn_in.numpy()))
+        assert_close(ours, attn[0], PARITY, f"attention of layer {number}")
+        ours = own.branch(jnp.asarray(mlp_in.numpy()))
+        assert_close(ours, mlp[0], PARITY, f"experts of layer {number}")
         x = jnp.asarray(router_in.numpy())[None]
-        shares, chosen = experts.route(x, block.router[...], 3, True, block.router_bias[...])
+        shares, chosen = moe.route(x, own.p["router"], 3, True, own.p["router_bias"])
         np.testing.assert_array_equal(chosen[0], router[2])
-        assert_close(shares[0], router[1], PARITY, f"router of layer {layer}")
-        up = np.einsum("btd,edf->btef", mlp_in, block.expert_up[...])
-        assert (np.abs(up) > model.arch.swiglu_limit).mean() > 0.1, "the clamp does not bite"
+        assert_close(shares[0], router[1], PARITY, f"router of layer {number}")
+        up = np.einsum("btd,edf->btef", mlp_in, own.p["expert_up"])
+        limit = own.spec.branches[0][1].swiglu_limit
+        assert (np.abs(up) > limit).mean() > 0.1, "the clamp does not bite"
 
 
 @pytest.mark.parametrize("sink", [-1e4, 3.0])
@@ -112,9 +100,12 @@ def test_sinks_take_attention(sink: float, checkpoint: Checkpoint, tmp_path: Pat
     assert_close(ours, theirs, PARITY)
     assert largest(ours - jr.logits(jr.load_model(str(source)), ids)) > 0.01 * largest(ours)
     if sink < 0:  # as if there were none
-        leaves = model.leaves()
-        arch = dataclasses.replace(model.arch, sinks=False)
-        without = Transformer(arch, {k: v for k, v in leaves.items() if k != "blocks.sinks"})
+        leaves, specs = model.leaves(), model.arch.specs
+        plain = [dataclasses.replace(s.mixer, sinks=False) for s in specs]
+        pairs = zip(specs, plain, strict=True)
+        specs = tuple(dataclasses.replace(spec, mixer=mixer) for spec, mixer in pairs)
+        arch = dataclasses.replace(model.arch, specs=specs)
+        without = Transformer(arch, {k: v for k, v in leaves.items() if k != "blocks.0.sinks"})
         assert_close(jr.logits(without, ids), ours, ROUNDING)
 
 
@@ -127,7 +118,7 @@ def test_a_sink_is_one_more_score() -> None:
     v = jax.random.normal(keys[2], (B, G, C, K))
     sinks = jnp.array([-2.0, 0.0, 1.0, 80.0])
     allowed = jnp.broadcast_to(jnp.tril(jnp.ones((C, C), bool)), (B, C, C)).at[1, 2].set(False)
-    ours = np.asarray(layers.dot_product_attention(q, k, v, allowed, 0.5, sinks=sinks))
+    ours = np.asarray(dot_product_attention(q, k, v, allowed, 0.5, sinks=sinks))
     q, k, v, sinks, allowed = map(np.asarray, (q, k, v, sinks, allowed))
     for b, t, h in np.ndindex(B, C, H):
         seen = np.flatnonzero(allowed[b, t])
@@ -135,6 +126,16 @@ def test_a_sink_is_one_more_score() -> None:
         whole = np.exp(np.array([*scores, sinks[h]], np.float64))
         mixed = (whole[:-1] / whole.sum()) @ v[b, h // 2, seen]
         assert_close(ours[b, t, h], mixed, PARITY, f"{b}, {t}, {h}")
+
+
+CLAMPED = Moe(
+    experts=1,
+    experts_per_token=1,
+    width=1,
+    activation="quick_gelu",
+    bias=True,
+    swiglu_limit=7.0,
+)
 
 
 def test_the_clamp_in_numbers() -> None:
@@ -148,10 +149,10 @@ def test_the_clamp_in_numbers() -> None:
         (2.0, 9.0, (2.0, 7.0)),
         (2.0, -9.0, (2.0, -7.0)),
     ):
-        kernels = (jnp.full((1, 1, 1), value) for value in (gate - 0.5, up + 0.25, 2.0))
-        biases = (jnp.array([[0.5]]), jnp.array([[-0.25]]), jnp.array([[10.0]]))
-        activation = layers.ACTIVATIONS["quick_gelu"]
-        found = experts.routed_mlp(x, shares, chosen, *kernels, activation, biases, limit=7.0)
+        kernels = {"gate": (gate - 0.5, 0.5), "up": (up + 0.25, -0.25), "down": (2.0, 10.0)}
+        p = {f"expert_{name}": jnp.full((1, 1, 1), w) for name, (w, _) in kernels.items()}
+        p |= {f"expert_{name}_bias": jnp.full((1, 1), b) for name, (_, b) in kernels.items()}
+        found = moe.routed_mlp(x, shares, chosen, p, CLAMPED)
         g, u = used
         expected = 2.0 * (u + 1) * g / (1 + np.exp(-1.702 * g)) + 10.0
         assert_close(found, [[[expected]]], PARITY, f"gate {gate}, up {up}")
@@ -176,8 +177,8 @@ def test_a_part_of_an_interleaved_tensor(checkpoint: Checkpoint) -> None:
     path = checkpoint(**fields(NAME))
     model, theirs = jr.load_model(str(path)), load_file(path / "model.safetensors")
     name = "model.layers.1.mlp.experts.gate_up_proj"
-    np.testing.assert_array_equal(model.leaves()["blocks.expert_gate"][1], theirs[name][..., ::2])
-    np.testing.assert_array_equal(model.leaves()["blocks.expert_up"][1], theirs[name][..., 1::2])
+    np.testing.assert_array_equal(model.leaves()["blocks.0.expert_gate"][1], theirs[name][..., ::2])
+    np.testing.assert_array_equal(model.leaves()["blocks.0.expert_up"][1], theirs[name][..., 1::2])
     part = (slice(2, 4), slice(0, 7), slice(3, 20))
     np.testing.assert_array_equal(convert.stored(model)[name][part], theirs[name][part])
 

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import jax_refusal as jr
-from jax_refusal.interventions import SITES
-from jax_refusal.models import layers
+from jax_refusal.capture import Capture
+from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from tests import tiny
+from tests.models.modules import blank, layer
 from tests.tolerances import BFLOAT16, BFLOAT16_LOSS, PARITY, SMOLLM2, assert_close, largest
 
 T = 48  # longer than ORIGINAL_CONTEXT and WINDOW: both bite
@@ -115,30 +116,32 @@ def test_modules(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(**CONFIGS[name])
     model, hf = jr.load_model(str(path)), tiny.hf_model(path)
     theirs = hf_modules(hf, random_ids(model))
-    for layer in range(model.arch.layers):
-        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.blocks)
-        x = jnp.asarray(theirs["resid_pre"][layer])
-        normed = layers.rms_norm(x, block.attn_norm[...], model.arch.norm_epsilon)
-        assert_close(normed, theirs["normed"][layer], PARITY, f"rms_norm of layer {layer}")
-        mlp_out = block.mlp(jnp.asarray(theirs["mlp_in"][layer]))
-        assert_close(mlp_out, theirs["mlp_out"][layer], PARITY, f"mlp of layer {layer}")
+    for number in range(model.arch.layers):
+        own = layer(model, number, blank(2, T))
+        x = jnp.asarray(theirs["resid_pre"][number])
+        normed = ops.rms_norm(x, own.p["attn_norm"], model.arch.norm_epsilon)
+        assert_close(normed, theirs["normed"][number], PARITY, f"rms_norm of layer {number}")
+        attn_out = own.mixer(jnp.asarray(theirs["normed"][number]))
+        assert_close(attn_out, theirs["attn_out"][number], PARITY, f"attention of layer {number}")
+        mlp_out = own.branch(jnp.asarray(theirs["mlp_in"][number]))
+        assert_close(mlp_out, theirs["mlp_out"][number], PARITY, f"mlp of layer {number}")
 
 
 @pytest.mark.parametrize("name", ["grouped", "biases", "rope_llama3", "mistral_window"])
 def test_sites(name: str, checkpoint: Checkpoint) -> None:
-    """The kept activations: block inputs, and what attention and MLP write, in every layer."""
+    """What is captured: block inputs, and what attention and MLP write, in every layer."""
     path = checkpoint(**CONFIGS[name])
     model, hf = jr.load_model(str(path)), tiny.hf_model(path)
     ids = random_ids(model)
     theirs = hf_modules(hf, ids)
 
     @jax.jit
-    def kept(model: Transformer, ids: jax.Array) -> dict[str, jax.Array]:
-        everywhere = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+    def captured(model: Transformer, ids: jax.Array) -> dict[str, jax.Array]:
+        capture = Capture(sites=("resid_pre", "attn_out", "mlp_out"))
         edit = jr.identity(model.arch.layers, model.arch.width)
-        return model(Tokens.padded(ids), edit, keep=everywhere, sites=SITES).kept
+        return model(Tokens.padded(ids), edit, capture=capture).captured
 
-    for site, ours in kept(model, jnp.asarray(ids)).items():
+    for site, ours in captured(model, jnp.asarray(ids)).items():
         assert_close(ours, theirs[site], PARITY, site)
 
 
@@ -147,11 +150,11 @@ def test_rope(name: str, checkpoint: Checkpoint) -> None:
     """The rotation alone, far beyond the original context."""
     path = checkpoint(**CONFIGS[name])
     model, config = jr.load_model(str(path)), tiny.hf_model(path).config
-    K, positions = model.arch.head_width, np.array([[0, 1, 5, 16, 17, 63, 200, 511]])
+    K = model.arch.specs[0].mixer.head_width
+    positions = np.array([[0, 1, 5, 16, 17, 63, 200, 511]])
     x = np.random.default_rng(1).normal(size=(1, positions.size, 3, K)).astype(np.float32)
-    ours = layers.rotate(
-        jnp.asarray(x), layers.rope_angles(jnp.asarray(positions), model.arch.ropes[0], K)
-    )
+    angles = rope.angles(jnp.asarray(positions), model.arch.ropes[0], K)
+    ours = rope.rotate(jnp.asarray(x), angles)
     hf_x = torch.tensor(x).transpose(1, 2)
     cos, sin = LlamaRotaryEmbedding(config)(hf_x, torch.tensor(positions))
     theirs = apply_rotary_pos_emb(hf_x, hf_x, cos, sin)[0].transpose(1, 2)

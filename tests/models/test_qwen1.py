@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 
 import jax_refusal as jr
 from jax_refusal import config as configs
-from jax_refusal.models import convert
-from jax_refusal.models.families import UnsupportedModel, architecture
+from jax_refusal.checkpoints import hf as convert
+from jax_refusal.families.registry import architecture
+from jax_refusal.models.spec import UnsupportedModel
 from tests import qwen1 as qwen1_files
 from tests import runs, tiny
 from tests.models.cases import SMALL, T

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 
 import jax_refusal as jr
 from jax_refusal.evals.loss import reply_loss
-from jax_refusal.interventions import ablate
+from jax_refusal.edits import ablate
 from jax_refusal.models.cache import Tokens, lengths
-from jax_refusal.models.families import UnsupportedModel, architecture
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.families.registry import architecture
+from jax_refusal.models.spec import UnsupportedModel
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import collect
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.generate import ContextError, generate
@@ -222,10 +223,10 @@ def test_where_nothing_lies_beyond_there_is_nothing_to_compute() -> None:
     off = {name: False for name in SWITCHES}
     assert architecture(config) == architecture(config | off)
     arch = architecture(config | {"seq_length": 128})
-    assert (arch.query_log, arch.steady, arch.context) == (128, 128, 512)
+    assert (arch.query_log, arch.prefix_reusable_until, arch.context) == (128, 128, 512)
     assert arch.ropes[0].factor == 4.0
     plain = architecture(config | off | {"seq_length": 128})
-    assert plain.steady == plain.context == 512
+    assert plain.prefix_reusable_until == plain.context == 512
 
 
 def test_another_scaling_beside_dynamic_ntk_is_refused() -> None:

@@ -11,7 +11,8 @@ import pytest
 from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jax_refusal.models.rope import frequencies, read_rope
+from jax_refusal.families.rope_fields import read_rope
+from jax_refusal.models.rope import frequencies
 from tests.tolerances import PARITY
 
 K, CONTEXT = 128, 131072

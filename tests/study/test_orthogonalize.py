@@ -1,5 +1,6 @@
 """Edits in the weights: the logits are those of the same edits of the stream, or it is refused."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 import jax_refusal as jr
 from jax_refusal import sharding
-from jax_refusal.models import declaration
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.params import INSIDE, POST_NORM, WRITES, Leaf, Param
+from jax_refusal.models.spec import Architecture, Moe
 from jax_refusal.study import orthogonalize as weights
 from jax_refusal.study.directions import DirectionError
 from jax_refusal.study.orthogonalize import WeightEditError, bake_addition, orthogonalize
@@ -80,7 +83,7 @@ def test_nothing_is_written_along_the_direction(name: str, checkpoint: Checkpoin
     edited = orthogonalize(model, direction(), approximate=post_norm)
     unit = direction() / np.linalg.norm(direction())
     for path in weights.writers(model.arch):
-        axis = declaration.axes(model.arch)[path].index("embed")
+        axis = leaves(model.arch)[path].stream_axis
         before, after = (np.moveaxis(m.leaves()[path], axis, -1) for m in (model, edited))
         assert largest(before @ unit) > 1e-3, path
         assert largest(after @ unit) < ROUNDING * largest(before), path
@@ -138,17 +141,17 @@ def test_bfloat16_keeps_its_dtype(tiny_dir: Path):
 
 @pytest.mark.parametrize("name", ["tied", "biases", "gpt_oss_biases"])
 def test_sharded_leaves_stay_sharded(name: str, checkpoint: Checkpoint):
-    path = str(checkpoint(**CONFIGS[name]))
+    source = str(checkpoint(**CONFIGS[name]))
     mesh = sharding.make_mesh(data=2, model=2)
     for edit in (
         lambda m: orthogonalize(m, direction()),
         lambda m: bake_addition(m, direction(), 2),
     ):
-        one, many = edit(jr.load_model(path)), edit(jr.load_model(path, mesh=mesh))
-        for leaf, logical in declaration.axes(many.arch).items():
-            x = many.leaves()[leaf]
-            assert x.sharding == sharding.named(mesh, logical, x.shape), leaf
-            assert_close(x, one.leaves()[leaf], PARITY, leaf)
+        one, many = edit(jr.load_model(source)), edit(jr.load_model(source, mesh=mesh))
+        for path, leaf in leaves(many.arch).items():
+            x = many.leaves()[path]
+            assert x.sharding == sharding.named(mesh, leaf.axes, leaf.shape), path
+            assert_close(x, one.leaves()[path], PARITY, path)
         assert_close(jr.logits(many, ids(many)), jr.logits(one, ids(one)), PARITY)
 
 
@@ -158,38 +161,41 @@ def test_sharded_leaves_stay_sharded(name: str, checkpoint: Checkpoint):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_leaf_of_the_stream_is_known(name: str, checkpoint: Checkpoint):
     arch = jr.load_model(str(checkpoint(**CONFIGS[name]))).arch
-    expected = {"embed", "blocks.o", "blocks.expert_down" if arch.experts else "blocks.down"}
+    down = "expert_down" if isinstance(arch.specs[0].branches[0][1], Moe) else "down"
+    expected = {"embed", "blocks.0.o", f"blocks.0.{down}"}
     if "biases" in name:
-        expected |= {
-            "blocks.o_bias",
-            "blocks.expert_down_bias" if arch.experts else "blocks.down_bias",
-        }
+        expected |= {"blocks.0.o_bias", f"blocks.0.{down}_bias"}
     assert set(weights.writers(arch)) == expected
 
 
 @pytest.mark.parametrize(
-    ("leaf", "logical"),
+    ("leaf", "axes"),
     [
-        ("blocks.shared_down", ("layers", "experts", "mlp", "embed")),
-        ("blocks.side_bias", ("layers", "embed")),
+        ("shared_down", ("experts", "mlp", "embed")),
+        ("side_bias", ("embed",)),
         ("position", ("context", "embed")),
-        ("blocks.side_down", ("layers", "embed", "mlp")),
+        ("side_down", ("embed", "mlp")),
     ],
 )
-def test_an_unknown_writer_is_named_and_nothing_is_edited(
-    leaf: str, logical: tuple[str, ...], model: Transformer, monkeypatch: pytest.MonkeyPatch
-):
-    real = declaration.axes
-    monkeypatch.setattr(declaration, "axes", lambda arch: real(arch) | {leaf: logical})
-    with pytest.raises(WeightEditError, match=rf"\['{leaf}'\] of this llama model.*nothing was"):
-        orthogonalize(model, direction())
+def test_a_leaf_of_the_stream_without_a_role_cannot_be_declared(leaf: str, axes: tuple[str, ...]):
+    sized = tuple((axis, 2) for axis in axes)
+    with pytest.raises(ValueError, match=rf"leaf '{leaf}' has axes .*'embed'.*Say which of"):
+        Param(leaf, sized, INSIDE, "x.weight")
+    assert Param(leaf, sized, WRITES, "x.weight").role == WRITES
+    with pytest.raises(ValueError, match="if and only if"):
+        Param(leaf, (("mlp", 2),), WRITES, "x.weight")
 
 
 def test_a_norm_behind_a_write_is_refused_unless_asked_for(
     model: Transformer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(weights, "POST_NORMS", frozenset({"blocks.mlp_norm"}))
-    monkeypatch.setattr(weights, "READERS", weights.READERS - {"blocks.mlp_norm"})
+    def declared(arch: Architecture) -> dict[str, Leaf]:
+        found = leaves(arch)
+        path = "blocks.0.mlp_norm"
+        param = dataclasses.replace(found[path].param, role=POST_NORM)
+        return found | {path: dataclasses.replace(found[path], param=param)}
+
+    monkeypatch.setattr(weights, "leaves", declared)
     for edit in (orthogonalize, lambda m, d, **o: bake_addition(m, d, 1, **o)):
         with pytest.raises(WeightEditError, match=r"norms what its blocks write.*approximate=True"):
             edit(model, direction())
@@ -208,14 +214,14 @@ def test_a_baked_addition_is_the_addition(name: str, layer: int, checkpoint: Che
     expected = jr.logits(model, ids(model), edit=edit)
     assert_close(jr.logits(baked, ids(model)), expected, PARITY, name)
     assert largest(expected - jr.logits(model, ids(model))) > 0.01 * largest(expected)
-    assert baked.arch.mlp_bias or baked.arch.expert_bias
+    assert all(spec.branches[0][1].bias for spec in baked.arch.specs)
     assert baked.arch.tied_head == model.arch.tied_head
 
 
 def test_additions_add_up(model: Transformer):
     twice = bake_addition(bake_addition(model, direction(), 2, 0.5), direction(1), 2)
     once = bake_addition(model, 0.5 * direction() + direction(1), 2)
-    assert_close(twice.leaves()["blocks.down_bias"], once.leaves()["blocks.down_bias"], PARITY)
+    assert_close(twice.leaves()["blocks.0.down_bias"], once.leaves()["blocks.0.down_bias"], PARITY)
 
 
 @pytest.mark.parametrize("layer", [0, -1, L])

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.gguf_header import Header
-from jax_refusal.models import gguf_file
-from jax_refusal.models.families import UnsupportedModel, architecture
+from jax_refusal.checkpoints import gguf as gguf_file
+from jax_refusal.checkpoints.gguf_header import Header
+from jax_refusal.checkpoints.hf import ConversionError
+from jax_refusal.families.registry import architecture
+from jax_refusal.models.spec import UnsupportedModel
 from tests.models.cases import SMALL, fields
 from tests.models.test_families import stored
 
@@ -122,12 +124,22 @@ def test_the_largest_gemmas_scale_scores_by_their_own_rule(
     fields |= {"general.architecture": arch, "tokenizer.ggml.tokens": ["a", "b"]}
     for count, scale in ((layers, expected), (26, 128)):
         header = Header(order="<", metadata=fields | {f"{arch}.block_count": count}, tensors=())
-        _, config = gguf_file._config(header, Path("model.gguf"))
-        assert architecture(config).score_scale == scale**-0.5
+        config = gguf_file._config(header, Path("model.gguf"))
+        mixers = [spec.mixer for spec in architecture(config).specs]
+        assert {mixer.score_scale for mixer in mixers} == {scale**-0.5}
 
 
 def test_another_architecture_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = write(checkpoint(**fields("qwen2")), "qwen2", tmp_path / "model.gguf")
     path.write_bytes(path.read_bytes().replace(b"qwen2", b"qwenX"))
     with pytest.raises(UnsupportedModel, match="GGUF architecture 'qwenX'; supported are"):
+        jr.load_model(str(path))
+
+
+def test_every_tensor_that_the_model_does_not_have_is_named(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write(checkpoint(**SMALL), "llama", tmp_path / "model.gguf")
+    path.write_bytes(path.read_bytes().replace(b".attn_q.w", b".attn_z.w"))
+    with pytest.raises(ConversionError, match=r"llama model.*blk\.0\.attn_z.*blk\.1\.attn_z"):
         jr.load_model(str(path))

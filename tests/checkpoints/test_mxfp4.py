@@ -17,9 +17,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import jax_refusal as jr
 from jax_refusal import conversion
-from jax_refusal.models import convert
-from jax_refusal.models.convert import ConversionError, Tensor
-from jax_refusal.models.mxfp4 import dequantise, unpacked
+from jax_refusal.checkpoints import hf
+from jax_refusal.checkpoints.hf import ConversionError, Tensor
+from jax_refusal.checkpoints.mxfp4 import dequantise, dequantised
 from tests import tiny
 from tests.models.test_families import hf_everything, random_ids
 from tests.tolerances import PARITY, assert_close
@@ -85,7 +85,7 @@ def test_every_byte_and_every_scale(dtype: torch.dtype) -> None:
     ours = dequantise(blocks, scales).swapaxes(1, 2)
     np.testing.assert_array_equal(ours, theirs, strict=True)
     np.testing.assert_array_equal(np.signbit(ours), np.signbit(theirs))  # of zeros too
-    whole = unpacked({"w_blocks": tensor(blocks), "w_scales": tensor(scales)})["w"]
+    whole = dequantised({"w_blocks": tensor(blocks), "w_scales": tensor(scales)})["w"]
     np.testing.assert_array_equal(whole[(slice(None),) * 3].astype(np.float32), theirs)
 
 
@@ -95,7 +95,7 @@ def tensor(values: np.ndarray) -> Tensor:
 
 def test_any_slice_is_that_part_of_the_whole() -> None:
     blocks, scales = random_pair(0, 10, 96)
-    part = unpacked({"w_blocks": tensor(blocks), "w_scales": tensor(scales)})["w"]
+    part = dequantised({"w_blocks": tensor(blocks), "w_scales": tensor(scales)})["w"]
     whole = part[(slice(None),) * 3]
     assert part.shape == whole.shape == (E, 96, 10)
     for slices in (
@@ -111,7 +111,7 @@ def test_any_slice_is_that_part_of_the_whole() -> None:
 def test_leaves_are_transformers_values(packed: Path, dtype: str) -> None:
     theirs = hf_dequantised(packed).state_dict()
     model = jr.load_model(str(packed), dtype=dtype)
-    found = dict(convert.to_hugging_face(model))
+    found = dict(hf.to_hugging_face(model))
     assert set(found) == set(theirs)
     for name, values in found.items():
         if ".experts." in name and not name.endswith("bias"):  # exact in bfloat16 too

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal.data.chat import ChatError
-from jax_refusal.models import convert, names
-from jax_refusal.models.architecture import Architecture, UnsupportedModel
-from jax_refusal.models.convert import ConversionError, Tensor
-from jax_refusal.models.families import FAMILIES, architecture
+from jax_refusal.checkpoints import hf as convert
+from jax_refusal.checkpoints.hf import ConversionError, Tensor
+from jax_refusal.families.registry import FAMILIES, architecture
+from jax_refusal.models.spec import Architecture, UnsupportedModel
 from jax_refusal.sharding import make_mesh
-from jax_refusal.sources import SourceError
+from jax_refusal.checkpoints.sources import SourceError
 from tests import qwen1, runs
 from tests.models.cases import CASES, SMALL, fields
 
@@ -82,12 +82,7 @@ def unread(arch: Architecture) -> dict[str, Tensor]:
     def read(_: Any) -> np.ndarray:
         raise AssertionError("a tensor was read before all were checked")
 
-    found = {}
-    for row in names.rows(arch):
-        size = names.full_sizes(arch, row.name)
-        for _, name in convert._each(arch, row, names.counts(arch, row)):
-            found[name] = Tensor(size, read)
-    return found
+    return {name: Tensor(shape, read) for name, shape in convert.expected(arch).items()}
 
 
 @pytest.mark.parametrize("family", EVERY)

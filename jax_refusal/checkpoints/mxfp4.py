@@ -1,4 +1,4 @@
-"""MXFP4 weights made numbers again: blocks of 32 four-bit floats that share a power of two.
+"""MXFP4 weights dequantised: blocks of 32 four-bit floats that share a power of two.
 
 Letters: E experts, I inputs and O outputs of a projection, N blocks of one output. A weight W
 [E, I, O] lies as W_blocks [E, O, N, 16] and W_scales [E, O, N], both of bytes (Open Compute
@@ -11,8 +11,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from jax_refusal.models.convert import ConversionError, Tensor
-from jax_refusal.models.names import PACKED
+from jax_refusal.checkpoints.hf import PACKED, ConversionError, Tensor
 
 BLOCK = 32  # numbers that share a scale, two in a byte
 MAGNITUDES = [0, 1, 2, 3, 4, 6, 8, 12]  # twice: then no scale is too large for the least of them
@@ -21,8 +20,8 @@ BYTES = np.arange(256)
 PAIRS = TWICE[np.stack([BYTES & 15, BYTES >> 4], -1)]  # [256, 2], the low half of a byte first
 
 
-def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with one of numbers in place of each pair of blocks and scales, all unread.
+def dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with one in place of each pair of blocks and scales, all unread.
 
     Raises ConversionError naming every pair that is not one.
     """
@@ -41,7 +40,7 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"[experts, outputs, blocks, {BLOCK // 2}] and the same without the last"
             )
         else:
-            found[name] = _numbers(blocks, scales)
+            found[name] = _tensor(blocks, scales)
     if problems:
         raise ConversionError("The MXFP4 weights cannot be read: " + "; ".join(problems) + ".")
     return found
@@ -51,14 +50,14 @@ def dequantise(
     blocks: np.ndarray,  # [..., N, 16] uint8
     scales: np.ndarray,  # [..., N] uint8, exponents of 2 from -127 on
 ) -> np.ndarray:  # [..., 32 N] float32
-    numbers = np.take(PAIRS, blocks, 0).reshape(*scales.shape, BLOCK)
+    values = np.take(PAIRS, blocks, 0).reshape(*scales.shape, BLOCK)
     halves = np.ldexp(np.float32(1), scales.astype(np.int32) - 128)
     with np.errstate(over="ignore"):  # the loader names what is not finite
-        numbers *= halves[..., None]
-    return numbers.reshape(*scales.shape[:-1], -1)
+        values *= halves[..., None]
+    return values.reshape(*scales.shape[:-1], -1)
 
 
-def _numbers(blocks: Tensor, scales: Tensor) -> Tensor:
+def _tensor(blocks: Tensor, scales: Tensor) -> Tensor:
     E, O, N = scales.shape
     shape = (E, BLOCK * N, O)
 
@@ -71,8 +70,8 @@ def _numbers(blocks: Tensor, scales: Tensor) -> Tensor:
         whole = np.empty((len(experts), len(inputs), len(outputs)), ml_dtypes.bfloat16)
         for place, expert in enumerate(experts):  # one at a time: float32 is twice as large
             part = (slice(expert, expert + 1), slices[2], near)
-            numbers = dequantise(blocks[(*part, slice(None))], scales[part])
-            whole[place] = numbers[0, :, own].T
+            values = dequantise(blocks[(*part, slice(None))], scales[part])
+            whole[place] = values[0, :, own].T
         return whole
 
     return Tensor(shape, read)

@@ -14,10 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import convert, lora, names
+from jax_refusal.checkpoints import hf as convert
+from jax_refusal.checkpoints import lora
+from jax_refusal.families.qwen import FUSED_EXPERTS
+from jax_refusal.families.registry import architecture
 from jax_refusal.models.cache import Tokens, empty
-from jax_refusal.models.experts import route, routed_mlp
-from jax_refusal.models.families import UnsupportedModel, architecture
+from jax_refusal.models.moe import route, routed_mlp
+from jax_refusal.models.spec import Moe, UnsupportedModel
 from tests import tiny
 from tests.models.cases import T, fields
 from tests.models.test_families import cached, hf_everything, random_ids
@@ -25,6 +28,7 @@ from tests.tolerances import INVARIANCE, PARITY, assert_close
 
 B, D, E, J, F = 2, 8, 5, 3, 6
 NAMES = ["mixtral", "qwen3_moe"]
+SPEC = Moe(experts=E, experts_per_token=J, width=F)
 
 
 def weights(seed: int = 0) -> tuple[jax.Array, ...]:
@@ -32,6 +36,11 @@ def weights(seed: int = 0) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = ((E, D), (E, D, F), (E, D, F), (E, F, D))
     return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+
+
+def named(kernels: Any) -> dict[str, jax.Array]:
+    names = ("expert_gate", "expert_up", "expert_down")
+    return dict(zip(names, kernels, strict=True))
 
 
 def one_by_one(x: np.ndarray, shares: Any, experts: Any, kernels: Any) -> np.ndarray:
@@ -53,7 +62,7 @@ def test_each_token_goes_through_its_own_experts(normalised: bool) -> None:
     assert all(len(set(token)) == J for token in experts.reshape(-1, J))
     total = shares.sum(-1)
     assert np.allclose(total, 1) if normalised else (total < 1).all()
-    found = routed_mlp(jnp.asarray(x), shares, experts, *kernels, jax.nn.silu)
+    found = routed_mlp(jnp.asarray(x), shares, experts, named(kernels), SPEC)
     assert_close(found, one_by_one(x, shares, experts, kernels), PARITY)
 
 
@@ -62,7 +71,7 @@ def test_no_expert_is_too_full() -> None:
     router, *kernels = weights()
     x = np.repeat(np.random.default_rng(1).normal(size=(1, 1, D)).astype(np.float32), 40, 1)
     shares, experts = (np.asarray(a) for a in route(jnp.asarray(x), router, J, True))
-    found = routed_mlp(jnp.asarray(x), shares, experts, *kernels, jax.nn.silu)
+    found = routed_mlp(jnp.asarray(x), shares, experts, named(kernels), SPEC)
     assert_close(found, one_by_one(x, shares, experts, kernels), PARITY)
 
 
@@ -156,7 +165,9 @@ def test_other_layouts_are_refused_by_name(changed: dict[str, Any], words: str) 
         "vocab_size": 151936,
     }
     arch = architecture(config)
-    assert (arch.experts, arch.experts_per_token, arch.mlp_width) == (128, 8, 768)
+    assert arch.specs[47].branches == (
+        ("mlp_out", Moe(experts=128, experts_per_token=8, width=768)),
+    )
     with pytest.raises(UnsupportedModel, match=words):
         architecture({**config, **changed})
 
@@ -181,9 +192,9 @@ def test_only_experts_that_are_named_one_by_one_may_lie_fused(
     name: str, checkpoint: Callable[..., Path]
 ) -> None:
     arch = jr.load_model(str(checkpoint(**fields(name)))).arch
-    found = names.as_stored(arch, {"model.layers.0.mlp.experts.down_proj": None})
-    assert (found.naming == "fused_experts") == (name in NAMES)
-    assert names.as_stored(arch, {}) == arch
+    found = convert.as_stored(arch, {"model.layers.0.mlp.experts.down_proj": None})
+    assert (found.naming == FUSED_EXPERTS) == (name in NAMES)
+    assert convert.as_stored(arch, {}) == arch
 
 
 def test_no_adapter_of_experts(checkpoint: Callable[..., Path]) -> None:

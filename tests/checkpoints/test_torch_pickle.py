@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from jax_refusal.torch_file import TorchFileError, read_torch
+from jax_refusal.checkpoints.torch_pickle import TorchFileError, read_torch
 from tests import shared
 
 GRID = torch.arange(2 * 3 * 4, dtype=torch.float64).reshape(2, 3, 4)
@@ -131,7 +131,7 @@ def touch(name: str) -> None:
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        (Runs(touch, ("ran",)), "tests.test_torch_file.touch"),
+        (Runs(touch, ("ran",)), "tests.checkpoints.test_torch_pickle.touch"),
         (Runs(eval, ("__import__('os').abort()",)), ".*builtin.*eval"),
         (Runs(print, ("x",)), ".*builtin.*print"),
         (Runs(torch.load, ("x",)), "torch.serialization.load"),

@@ -1,6 +1,5 @@
 """Hugging Face -> ours -> Hugging Face is the same to the bit, and Orbax reloads what was saved."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -14,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal import sharding
-from jax_refusal.models import checkpoint as orbax
-from jax_refusal.models import convert, declaration, export, loading
-from jax_refusal.models.convert import ConversionError
-from jax_refusal.models.export import ExportError
-from jax_refusal.models.transformer import Transformer
-from jax_refusal.sources import locate
-from jax_refusal.study.orthogonalize import bake_addition, orthogonalize
+from jax_refusal.checkpoints import export, hf, loading, orbax
+from jax_refusal.checkpoints.export import ExportError
+from jax_refusal.checkpoints.hf import ConversionError
+from jax_refusal.checkpoints.sources import locate
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.leaves import leaves
+from jax_refusal.study.orthogonalize import bake_addition, orthogonalize, with_mlp_bias
 from tests.tolerances import assert_close
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -80,7 +79,7 @@ def test_shards_and_their_index(tiny_dir: Path, model: Transformer, tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is resident")
 def test_a_file_that_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Loading takes the weights and not their file too, and reads what is there."""
-    monkeypatch.setattr(convert, "OPEN_FOR", 2**22)
+    monkeypatch.setattr(hf, "OPEN_FOR", 2**22)
     given = {f"w{i}": np.full((2**10, 2**10), i, np.float32) for i in range(16)}  # 4 MiB each
     files = [tmp_path / f"{half}.safetensors" for half in range(2)]
     for half, file in enumerate(files):
@@ -91,7 +90,7 @@ def test_a_file_that_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.Monk
         kinds = ("RssFile:", "RssShmem:")
         return sum(int(status.split(kind)[1].split()[0]) for kind in kinds) // 2**10
 
-    tensors, before = convert.safetensors(files), resident()
+    tensors, before = hf.safetensors(files), resident()
     for name, expected in given.items():
         assert np.array_equal(tensors[name][3:9, ::2], expected[3:9, ::2])
         assert np.array_equal(tensors[name][:, :], expected)
@@ -102,13 +101,13 @@ def test_weights_stay_in_the_memory_they_are_read_into(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     read: list[np.ndarray] = []
-    own = convert._empty
+    own = hf._empty
 
     def noted(*size, **how) -> np.ndarray:
         read.append(own(*size, **how))
         return read[-1]
 
-    monkeypatch.setattr(convert, "_empty", noted)
+    monkeypatch.setattr(hf, "_empty", noted)
     leaves = jr.load_model(str(tiny_dir)).leaves().values()
     places = [leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in leaves]
     assert sorted(places) == sorted(array.ctypes.data for array in read)
@@ -116,7 +115,7 @@ def test_weights_stay_in_the_memory_they_are_read_into(
     # Where a program will write over them, a CPU needs memory of its own.
     read.clear()
     arch, tensors = loading.read_checkpoint(locate(str(tiny_dir)))
-    whole = convert.load(
+    whole = hf.load(
         arch, tensors, sharding.make_mesh(), np.dtype(np.float32), donatable=True
     ).leaves()
     places = {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in whole.values()}
@@ -126,8 +125,8 @@ def test_weights_stay_in_the_memory_they_are_read_into(
 def test_tensors_fit_the_table_they_came_from(checkpoint: Checkpoint):
     for fields in CONFIGS.values():
         model = jr.load_model(str(checkpoint(**fields)))
-        convert.check(model.arch, convert.stored(model))
-        one = convert.stored(model)["model.layers.1.self_attn.o_proj.weight"]
+        hf.check(model.arch, hf.stored(model))
+        one = hf.stored(model)["model.layers.1.self_attn.o_proj.weight"]
         whole = one[(slice(None), slice(None))]
         np.testing.assert_array_equal(one[(slice(3, 5), slice(1, 2))], whole[3:5, 1:2])
 
@@ -149,7 +148,7 @@ def test_an_untied_head_and_a_new_bias_are_in_the_config(checkpoint: Checkpoint,
 def test_a_config_without_a_word_for_an_edit_is_refused(checkpoint: Checkpoint, tmp_path: Path):
     """Were a Mistral given an MLP bias, no program would read it."""
     source = checkpoint(architecture="mistral")
-    arch = dataclasses.replace(jr.load_model(str(source)).arch, mlp_bias=True)
+    arch = with_mlp_bias(jr.load_model(str(source)).arch)
     original = json.loads((source / "config.json").read_text())
     with pytest.raises(ExportError, match="mistral model has no field for what the edit changed"):
         export.config(arch, original, "float32")
@@ -171,9 +170,9 @@ def test_orbax_gives_back_what_was_saved(tiny_dir: Path, model: Transformer, tmp
     for again in (jr.load_model(str(folder)), jr.load_model(str(folder), mesh=mesh)):
         for path, leaf in model.leaves().items():
             np.testing.assert_array_equal(again.leaves()[path], leaf, err_msg=path)
-    for path, logical in declaration.axes(model.arch).items():
-        leaf = again.leaves()[path]
-        assert leaf.sharding == sharding.named(mesh, logical, leaf.shape), path
+    for path, leaf in leaves(model.arch).items():
+        placed = sharding.named(mesh, leaf.axes, leaf.shape)
+        assert again.leaves()[path].sharding == placed, path
 
 
 def test_orbax_in_another_dtype(tiny_dir: Path, model: Transformer, tmp_path: Path):
@@ -225,9 +224,9 @@ def test_a_lost_part_of_an_orbax_folder(tiny_dir: Path, model: Transformer, tmp_
 
 
 def test_orbax_with_a_nan_is_refused(tiny_dir: Path, model: Transformer, tmp_path: Path):
-    leaves = model.leaves()
-    leaves["blocks.up"] = leaves["blocks.up"].at[0, 0, 0].set(jnp.nan)
-    broken = Transformer(model.arch, leaves)
+    arrays = model.leaves()
+    arrays["blocks.0.up"] = arrays["blocks.0.up"].at[0, 0, 0].set(jnp.nan)
+    broken = Transformer(model.arch, arrays)
     folder = orbax_directory(broken, tiny_dir, tmp_path / "saved")
-    with pytest.raises(ConversionError, match=r"not finite.*blocks\.up"):
+    with pytest.raises(ConversionError, match=r"not finite.*blocks\.0\.up"):
         jr.load_model(str(folder))

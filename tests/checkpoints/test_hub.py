@@ -18,10 +18,10 @@ import huggingface_hub
 import pytest
 
 import jax_refusal as jr
+from jax_refusal.checkpoints.sources import SourceError, locate
 from jax_refusal.config import DataConfig
 from jax_refusal.data import prompts
 from jax_refusal.data.prompts import KINDS, SPLITS, PromptError, load_prompts
-from jax_refusal.sources import SourceError, locate
 from tests import runs
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -147,7 +147,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 LOCATE = """
 import sys
-from jax_refusal.sources import SourceError, locate
+from jax_refusal.checkpoints.sources import SourceError, locate
 for source in sys.argv[1:]:
     try:
         print(locate(source).directory)

@@ -1,4 +1,4 @@
-"""The decoder's leaves as files that other programs read: the way back of convert.py.
+"""The decoder's leaves as files that other programs read: the way back of hf.py.
 
 Letters: L layers, D residual width.
 """
@@ -13,21 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from jax_refusal.models import convert
-from jax_refusal.models.convert import Tensor
-from jax_refusal.models.families import Architecture, UnsupportedModel, architecture
+from jax_refusal.checkpoints import hf
+from jax_refusal.checkpoints.hf import Tensor
+from jax_refusal.families.registry import architecture, family_of
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.spec import Architecture, Mlp, UnsupportedModel
 
 SHARD_BYTES = 5 * 10**9  # of one safetensors file
-# Where a source has no class of its own to name: a GGUF file, or a text model out of its wrapper.
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
-}
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What belongs to a model beside its weights and config. Code of a checkpoint is not copied.
@@ -58,9 +50,9 @@ def config(
     dtype: str,
     ignore: tuple[str, ...] = (),  # fields that the user vouched for when the model was loaded
 ) -> dict[str, Any]:
-    """The original config.json with what an edit changed; weights leave as numbers, not packed.
+    """The original config.json with what an edit changed; weights leave dequantised.
 
-    Of a multimodal checkpoint it is the text model's own, as the tensors of `convert.stored` are.
+    Of a multimodal checkpoint it is the text model's own, as the tensors of `hf.stored` are.
     Raises ExportError where the family's config has no word for the architecture.
     """
     original = {name: original[name] for name in original if name != "quantization_config"}
@@ -68,9 +60,10 @@ def config(
         original = _text(arch, original)
     key = "dtype" if "dtype" in original else "torch_dtype"
     changed = {**original, "tie_word_embeddings": arch.tied_head, key: dtype}
-    if arch.family in CLASSES:
-        changed.setdefault("architectures", [CLASSES[arch.family]])
-    if arch.mlp_bias:
+    if named := family_of(arch).export_class:
+        changed.setdefault("architectures", [named])
+    branches = [branch for spec in arch.specs for _, branch in spec.branches]
+    if any(isinstance(branch, Mlp) and branch.bias for branch in branches):
         changed["mlp_bias"] = True
     # Neither how the source names its tensors nor what lay around them is for a config to say.
     meant = dataclasses.replace(arch, wrapped=False)
@@ -95,7 +88,7 @@ def _text(arch: Architecture, wrapper: Mapping[str, Any]) -> dict[str, Any]:
     if {"dtype", "torch_dtype"} & set(inner):  # one of the two names
         outer = {name: outer[name] for name in outer if not name.endswith("dtype")}
     given = {name: value for name, value in inner.items() if value is not None or name not in outer}
-    return {**outer, **given, "architectures": [CLASSES[arch.family]]}
+    return {**outer, **given, "architectures": [family_of(arch).export_class]}
 
 
 def write_hugging_face(
@@ -110,8 +103,8 @@ def write_hugging_face(
     from safetensors.numpy import save_file
 
     write_json(folder / "config.json", config(model.arch, original, dtype, ignore))
-    wanted = convert.numpy_dtype(dtype)
-    found = convert.stored(model)
+    wanted = hf.numpy_dtype(dtype)
+    found = hf.stored(model)
     shards = list(_shards(found, wanted.itemsize, shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):

@@ -3,10 +3,11 @@
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.models import checkpoint, convert, gguf_file, mxfp4
-from jax_refusal.models.families import Architecture, architecture
+from jax_refusal.checkpoints import gguf, hf, mxfp4, orbax
+from jax_refusal.checkpoints.sources import Source, locate
+from jax_refusal.families.registry import architecture
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.sources import Source, locate
+from jax_refusal.models.spec import Architecture
 
 
 def load_model(
@@ -27,15 +28,15 @@ def load_model(
     found = locate(source) if isinstance(source, str) else source
     mesh = sharding.make_mesh() if mesh is None else mesh
     arch, tensors = read_checkpoint(found, ignore_config_fields)
-    numpy_dtype = convert.numpy_dtype(dtype)
+    numpy_dtype = hf.numpy_dtype(dtype)
     if found.orbax is not None:
-        model = checkpoint.load(arch, found.orbax, mesh, numpy_dtype)
+        model = orbax.load(arch, found.orbax, mesh, numpy_dtype)
     else:
-        model = convert.load(arch, tensors, mesh, numpy_dtype, donatable=bool(adapter))
+        model = hf.load(arch, tensors, mesh, numpy_dtype, donatable=bool(adapter))
     if adapter:
         import jax
 
-        from jax_refusal.models import lora
+        from jax_refusal.checkpoints import lora
 
         # Jitted: the change is computed where the weights lie, and takes the place of the old ones.
         merge = jax.jit(lora.merge, donate_argnums=0)
@@ -45,17 +46,14 @@ def load_model(
 
 def read_checkpoint(
     source: Source, ignore_config_fields: tuple[str, ...] = ()
-) -> tuple[Architecture, dict[str, convert.Tensor]]:
+) -> tuple[Architecture, dict[str, hf.Tensor]]:
     """The architecture and the unread tensors of a source; those of Orbax have no such form."""
-    if source.gguf is not None:
-        config, tensors = gguf_file.read(source.gguf)
-    else:
-        config, tensors = source.config(), None
+    config = source.config() if source.gguf is None else gguf.read_config(source.gguf)
     arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
     if source.orbax is not None:
         return arch, {}
-    if tensors is None:
-        packed = bool(config.get("quantization_config"))  # only MXFP4 came through `architecture`
-        tensors = convert.safetensors(source.weight_files(), packed)
-        tensors = mxfp4.unpacked(tensors) if packed else tensors
-    return arch, tensors
+    if source.gguf is not None:
+        return arch, gguf.read_tensors(source.gguf, arch)
+    packed = bool(config.get("quantization_config"))  # only MXFP4 came through `architecture`
+    tensors = hf.safetensors(source.weight_files(), packed)
+    return arch, mxfp4.dequantised(tensors) if packed else tensors

@@ -1,5 +1,7 @@
 """Models that are known and not computed, with what that would take."""
 
+from jax_refusal.families.registry import REFUSED
+
 LINEAR_ATTENTION = (
     "mixes layers of linear attention or state-space models with attention. That takes a recurrent "
     "state and a short convolution beside the key/value cache in every such layer, a scan over two "
@@ -7,7 +9,7 @@ LINEAR_ATTENTION = (
 )
 
 # By `model_type`.
-REFUSED = dict.fromkeys(
+REFUSED |= dict.fromkeys(
     """
     qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp olmo_hybrid kimi_linear
     granitemoehybrid bamba jamba falcon_h1 nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 minimax

@@ -12,10 +12,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.models import lora
-from jax_refusal.models.loading import read_checkpoint
-from jax_refusal.models.transformer import Transformer
-from jax_refusal.sources import SMOLLM2, locate
+from jax_refusal.checkpoints import lora
+from jax_refusal.checkpoints.loading import read_checkpoint
+from jax_refusal.checkpoints.sources import SMOLLM2, locate
+from jax_refusal.models.decoder import Transformer
 from tests import tiny, tolerances
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,10 +25,10 @@ IDS = np.arange(3, 43)[None]
 def random_adapter(model: Transformer, targets: tuple[str, ...] = TARGETS) -> lora.Adapter:
     """An adapter whose B is not zero, with bfloat16 values so that files hold it exactly."""
     adapter = lora.initial(model.arch, targets, rank=3, alpha=6.0, key=jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), len(targets))
+    keys = jax.random.split(jax.random.key(1), len(adapter.b))
     b = {
-        t: 0.3 * jax.random.normal(k, adapter.b[t].shape)
-        for t, k in zip(targets, keys, strict=True)
+        path: 0.3 * jax.random.normal(key, zero.shape)
+        for key, (path, zero) in zip(keys, adapter.b.items(), strict=True)
     }
     exact = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
     return lora.Adapter(jax.tree.map(exact, adapter.a), jax.tree.map(exact, b), adapter.scale)
@@ -83,8 +83,8 @@ def test_what_is_written_is_read_back(folder: Path, model: Transformer) -> None:
     adapter, again = random_adapter(model), lora.read(str(folder), model.arch)
     assert again.scale == adapter.scale
     for half in ("a", "b"):
-        for target, values in getattr(adapter, half).items():
-            np.testing.assert_array_equal(getattr(again, half)[target], values)
+        for path, values in getattr(adapter, half).items():
+            np.testing.assert_array_equal(getattr(again, half)[path], values)
 
 
 def test_a_new_adapter_changes_nothing(model: Transformer) -> None:

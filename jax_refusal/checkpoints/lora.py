@@ -1,13 +1,13 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) in the Hugging Face PEFT format, merged into weights.
 
-Letters: L layers, M rank, I inputs and O outputs of a projection as Hugging Face flattens them
-(weights are [O, I]). The merged weight is W + scale B A with A [M, I] and B [O, M].
+Letters: L layers that a leaf is stacked on, M rank, I inputs and O outputs of a projection as
+Hugging Face flattens them (weights are [O, I]). The merged weight is W + scale B A with A [M, I]
+and B [O, M].
 """
 
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.models import convert, declaration
-from jax_refusal.models.architecture import Architecture
-from jax_refusal.models.names import rows
+from jax_refusal.checkpoints import hf
+from jax_refusal.checkpoints.sources import file_sha256, read_json
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.sources import file_sha256, read_json
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.params import Leaf
+from jax_refusal.models.spec import Architecture
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,7 +60,7 @@ class AdapterError(ValueError):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Target ("q_proj", ...) -> A [L, M, I] and B [L, O, M]; zeros where a layer has none."""
+    """Path of a leaf -> A [L, M, I] and B [L, O, M]; zeros where a layer has none."""
 
     a: dict[str, jax.Array]
     b: dict[str, jax.Array]
@@ -75,29 +76,29 @@ def initial(
 ) -> Adapter:
     """An adapter that changes nothing yet: A uniform in +-1/sqrt(I), as PEFT; B zero."""
     a, b = {}, {}
-    for target in targets:
-        out, into = _sizes(arch, target)
+    for leaf in (leaf for target in targets for leaf in _targeted(arch, target)):
+        (out, into), layers = leaf.sizes, len(leaf.layers)
         key, use = jax.random.split(key)
         bound = 1 / math.sqrt(into)
-        a[target] = jax.random.uniform(use, (arch.layers, rank, into), minval=-bound, maxval=bound)
-        b[target] = jnp.zeros((arch.layers, out, rank))
+        a[leaf.path] = jax.random.uniform(use, (layers, rank, into), minval=-bound, maxval=bound)
+        b[leaf.path] = jnp.zeros((layers, out, rank))
     return Adapter(a, b, alpha / rank)
 
 
 def merge(model: Transformer, adapter: Adapter) -> Transformer:
     """A model with scale * B A added to the adapted weights; differentiable in the adapter."""
-    leaves = model.leaves()
-    for target in adapter.a:
-        path, layout = _row(model.arch, target)
-        logical = declaration.axes(model.arch)[path][1:]
-        a, b = (x.astype(jnp.float32) for x in (adapter.a[target], adapter.b[target]))
+    arrays = model.leaves()
+    for path in adapter.a:
+        leaf = leaves(model.arch)[path]
+        size = dict(zip(leaf.axes, leaf.shape, strict=True))
+        a, b = (x.astype(jnp.float32) for x in (adapter.a[path], adapter.b[path]))
         delta = adapter.scale * jnp.einsum("lom,lmi->loi", b, a, precision="highest")
-        names = [axis for group in layout for axis in group]
-        delta = delta.reshape(model.arch.layers, *declaration.shape(model.arch, names))
-        delta = delta.transpose(0, *(1 + names.index(axis) for axis in logical))
-        weight = leaves[path]
-        leaves[path] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
-    return Transformer(model.arch, leaves)
+        axes = ["layers", *(axis for dimension in leaf.dimensions for axis in dimension)]
+        delta = delta.reshape([size[axis] for axis in axes])
+        delta = delta.transpose([axes.index(axis) for axis in leaf.axes])
+        weight = arrays[path]
+        arrays[path] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+    return Transformer(model.arch, arrays)
 
 
 def locate(adapter: str) -> Path:
@@ -144,47 +145,42 @@ def read(adapter: str, arch: Architecture) -> Adapter:
         for field, value in config.items()
         if field not in KNOWN and value
     ]
-    tensors = convert.safetensors([path / WEIGHTS])
-    parts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    pattern = re.compile(
-        re.escape(PREFIX) + r"model\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.weight"
-    )
-    for name, tensor in tensors.items():
-        match = pattern.fullmatch(name)
-        if not match or int(match[1]) >= arch.layers or not _known(arch, match[2]):
+    halves = _halves(arch)
+    parts: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+    for name, tensor in hf.safetensors([path / WEIGHTS]).items():
+        if name not in halves:
             problems.append(f"tensor {name} belongs to no projection of this model")
             continue
-        target, half = match[2], match[3]
-        out, into = _sizes(arch, target)
-        expected = (config.get("r"), into) if half == "A" else (out, config.get("r"))
+        leaf, at, half = halves[name]
+        expected = _shape(leaf, config.get("r"), half)
         if tensor.shape != expected:
             problems.append(f"{name} has shape {tensor.shape}, not {expected}")
             continue
         values = tensor[(slice(None), slice(None))].astype(np.float32)
         if not np.isfinite(values).all():
             problems.append(f"{name} is not finite")
-        parts.setdefault((target, half), {})[int(match[1])] = values
-    targets = sorted({target for target, _ in parts})
-    for target in targets:
-        if parts.get((target, "A"), {}).keys() != parts.get((target, "B"), {}).keys():
+        parts.setdefault(leaf.path, {"A": {}, "B": {}})[half][at] = values
+    for leaf_path, given in parts.items():
+        if given["A"].keys() != given["B"].keys():
+            target = leaves(arch)[leaf_path].target
             problems.append(f"{target} has A and B for different layers")
-    if problems or not targets:
+    if problems or not parts:
         raise AdapterError(
             f"The adapter {path} cannot be used: " + ("; ".join(problems) or "it is empty") + "."
         )
     rank, alpha = config["r"], config.get("lora_alpha", 8)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    def stacked(target: str, half: str) -> jax.Array:
-        out, into = _sizes(arch, target)
-        shape = (rank, into) if half == "A" else (out, rank)
-        given = parts[target, half]
-        zero = np.zeros(shape, np.float32)
-        return jnp.asarray(np.stack([given.get(layer, zero) for layer in range(arch.layers)]))
+    def stacked(half: str) -> dict[str, jax.Array]:
+        found = {}
+        for leaf_path in sorted(parts):
+            leaf, given = leaves(arch)[leaf_path], parts[leaf_path][half]
+            zero = np.zeros(_shape(leaf, rank, half), np.float32)
+            layers = [given.get(at, zero) for at in range(len(leaf.layers))]
+            found[leaf_path] = jnp.asarray(np.stack(layers))
+        return found
 
-    return Adapter(
-        {t: stacked(t, "A") for t in targets}, {t: stacked(t, "B") for t in targets}, scale
-    )
+    return Adapter(stacked("A"), stacked("B"), scale)
 
 
 def files(
@@ -196,11 +192,10 @@ def files(
     rank = next(iter(adapter.a.values())).shape[1]
     tensors: dict[str, np.ndarray] = {}
     for half, stacks in (("A", adapter.a), ("B", adapter.b)):
-        for target, stack in stacks.items():
-            module = _module(arch, target)
-            for layer, values in enumerate(np.asarray(stack)):
-                name = f"{PREFIX}{module.format(layer=layer)}.lora_{half}.weight"
-                tensors[name] = values.astype(convert.numpy_dtype(dtype))
+        for path, stack in stacks.items():
+            leaf = leaves(arch)[path]
+            for layer, values in zip(leaf.layers, np.asarray(stack), strict=True):
+                tensors[_name(leaf, layer, half)] = values.astype(hf.numpy_dtype(dtype))
     config: Mapping[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -209,7 +204,7 @@ def files(
         "lora_alpha": adapter.scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(adapter.a),
+        "target_modules": sorted({leaves(arch)[path].target for path in adapter.a}),
         "inference_mode": True,
     }
     return {
@@ -218,37 +213,39 @@ def files(
     }
 
 
-def _row(arch: Architecture, target: str) -> tuple[str, list[list[str]]]:
-    """Leaf path and Hugging Face layout of a projection named as PEFT names it."""
-    every = [row for row in rows(arch) if row.name.endswith(".weight") and len(row.layout) == 2]
-    every = [row for row in every if "{layer}" in row.name and "{expert}" not in row.name]
-    found = [row for row in every if row.name.endswith(f".{target}.weight")]
-    if len(found) > 1:
-        raise AdapterError(
-            f"{target!r} of this model holds {[row.path for row in found]} in one tensor; an "
-            "adapter of a fused projection is not read."
-        )
-    if found:
-        return found[0].path, found[0].layout
-    allowed = [row.name.split(".")[-2] for row in every]
-    raise AdapterError(f"{target!r} is no projection of this model; there are {allowed}.")
+def _targeted(arch: Architecture, target: str) -> list[Leaf]:
+    """The leaves of a projection that is named as PEFT names it."""
+    projections = [group for group in hf.groups(arch) if group.parts[0].target]
+    found = [group.parts for group in projections if group.parts[0].target == target]
+    for parts in found:
+        if len(parts) > 1:
+            raise AdapterError(
+                f"{target!r} of this model holds {[leaf.path for leaf in parts]} in one tensor; an "
+                "adapter of a fused projection is not read."
+            )
+    if not found:
+        allowed = list(dict.fromkeys(group.parts[0].target for group in projections))
+        raise AdapterError(f"{target!r} is no projection of this model; there are {allowed}.")
+    return [leaf for (leaf,) in found]
 
 
-def _known(arch: Architecture, target: str) -> bool:
-    try:
-        return len(_row(arch, target)[1]) == 2
-    except AdapterError:
-        return False
+def _halves(arch: Architecture) -> dict[str, tuple[Leaf, int, str]]:
+    """Every tensor that an adapter may hold -> its leaf, where in the stack, and "A" or "B"."""
+    single = [group.parts[0] for group in hf.groups(arch) if len(group.parts) == 1]
+    return {
+        _name(leaf, layer, half): (leaf, at, half)
+        for leaf in single
+        if leaf.target
+        for at, layer in enumerate(leaf.layers)
+        for half in "AB"
+    }
 
 
-def _module(arch: Architecture, target: str) -> str:
-    """'model.layers.{layer}.self_attn.q_proj' of 'q_proj'."""
-    path, _ = _row(arch, target)
-    name = next(n for n, p, *_ in rows(arch) if p == path and n.endswith(".weight"))
-    return name.removesuffix(".weight")
+def _name(leaf: Leaf, layer: int, half: str) -> str:
+    module = leaf.stored.name.removesuffix(".weight").format(layer=layer)
+    return f"{PREFIX}{module}.lora_{half}.weight"
 
 
-def _sizes(arch: Architecture, target: str) -> tuple[int, int]:
-    """(O, I) of a projection."""
-    _, (out, into) = _row(arch, target)
-    return math.prod(declaration.shape(arch, out)), math.prod(declaration.shape(arch, into))
+def _shape(leaf: Leaf, rank: Any, half: str) -> tuple[Any, Any]:
+    out, into = leaf.sizes
+    return (rank, into) if half == "A" else (out, rank)

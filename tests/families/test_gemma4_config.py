@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from jax_refusal.models.families import UnsupportedModel, architecture
+from jax_refusal.families.registry import architecture
+from jax_refusal.models.spec import (
+    Architecture,
+    GatedInput,
+    Mlp,
+    MlpAndMoe,
+    Moe,
+    TokenInput,
+    UnsupportedModel,
+    phases,
+)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPES = {
@@ -100,14 +110,25 @@ MOE_26B = {
 }
 
 
+def windows(arch: Architecture) -> tuple[int, ...]:  # [L]
+    return tuple(spec.mixer.window for spec in arch.specs)
+
+
+def gelu(width: int) -> Mlp:
+    return Mlp(width=width, activation="gelu_tanh")
+
+
 def test_31b() -> None:
     arch = architecture(DENSE_31B)
-    assert arch.wrapped and arch.tied_head and arch.keys_are_values and arch.layer_scale
-    assert arch.windows == ((1024,) * 5 + (0,)) * 10
-    assert (arch.head_width, arch.kv_heads) == (256, 16)
-    assert (arch.global_head_width, arch.global_kv_heads, arch.cache_heads) == (512, 4, 16)
-    assert (arch.score_scale, arch.logit_cap, arch.embed_scale) == (1.0, 30.0, math.sqrt(5376))
-    assert arch.kv_of_layer == () and not arch.experts and not arch.per_layer_width
+    assert arch.wrapped and arch.tied_head and all(spec.scale for spec in arch.specs)
+    assert windows(arch) == ((1024,) * 5 + (0,)) * 10
+    local, full = arch.specs[0].mixer, arch.specs[5].mixer
+    assert (local.head_width, local.kv_heads, local.keys_are_values) == (256, 16, False)
+    assert (full.head_width, full.kv_heads, full.keys_are_values) == (512, 4, True)
+    assert (full.score_scale, arch.logit_cap, arch.embed_scale) == (1.0, 30.0, math.sqrt(5376))
+    assert not arch.shares_kv and arch.token_input is None
+    assert {spec.branches for spec in arch.specs} == {(("mlp_out", gelu(21504)),)}
+    assert [(len(phase.slots), phase.repeats) for phase in phases(arch)] == [(6, 10)]
     local, full = arch.ropes
     assert (local.kind, local.base) == ("default", 1e4)
     assert (full.kind, full.base, full.share) == ("proportional", 1e6, 0.25)
@@ -115,37 +136,53 @@ def test_31b() -> None:
 
 def test_12b() -> None:
     arch = architecture(UNIFIED_12B)
-    assert (arch.family, arch.layers, arch.global_kv_heads) == ("gemma4_unified_text", 48, 1)
+    assert (arch.family, arch.layers) == ("gemma4_unified_text", 48)
+    assert arch.specs[-1].mixer.kv_heads == 1
     bare = {k: v for k, v in UNIFIED_12B["text_config"].items() if "per_layer" not in k}
-    assert architecture(bare).per_layer_width == 0
+    assert architecture(bare).token_input is None
 
 
 def test_e2b() -> None:
     arch = architecture(E2B)
-    assert (arch.mlp_width, arch.wide_mlp, arch.cache_layers) == (6144, 12288, 15)
-    assert arch.kv_of_layer == (*range(15), *((13,) * 4 + (14,)) * 4)
-    assert (arch.per_layer_width, arch.per_layer_vocab) == (256, 262144)
-    assert (arch.global_head_width, arch.global_kv_heads, arch.cache_heads) == (512, 1, 2)
-    assert not arch.keys_are_values
+    sources = [spec.mixer.kv_source for spec in arch.specs]
+    assert sources == [*[None] * 15, *([13] * 4 + [14]) * 4]
+    gated = ("per_layer_out", GatedInput(width=256, activation="gelu_tanh"))
+    assert arch.specs[0].branches == (("mlp_out", gelu(6144)), gated)
+    assert arch.specs[15].branches == (("mlp_out", gelu(12288)), gated)
+    assert arch.token_input == TokenInput(width=256, vocab=262144)
+    full = arch.specs[4].mixer
+    assert (full.head_width, full.kv_heads, full.keys_are_values) == (512, 1, False)
+    assert [(len(phase.slots), phase.repeats) for phase in phases(arch)] == [(5, 3), (5, 4)]
 
 
 def test_26b() -> None:
     arch = architecture(MOE_26B)
-    assert (arch.experts, arch.experts_per_token) == (128, 8)
-    assert (arch.mlp_width, arch.expert_width) == (2112, 704)
-    assert arch.windows == ((1024,) * 5 + (0,)) * 5  # every sixth, where the file is silent
+    moe = Moe(experts=128, experts_per_token=8, width=704, activation="gelu_tanh")
+    assert arch.specs[0].branches == (("mlp_out", MlpAndMoe(mlp=gelu(2112), moe=moe)),)
+    assert windows(arch) == ((1024,) * 5 + (0,)) * 5  # every sixth, where the file is silent
 
 
 def test_the_last_layer_sees_everything() -> None:
     """As the library has it, whatever layer_types says."""
     arch = architecture({**MOE_26B, "layer_types": [SLIDING] * 30})
-    assert arch.windows == (1024,) * 29 + (0,)
+    assert windows(arch) == (1024,) * 29 + (0,)
 
 
 def test_heads_as_transformers_5_writes_them() -> None:
     known = {k: v for k, v in E2B.items() if "global" not in k}
     wide = {str(i): {"head_dim": 512} for i in range(4, 35, 5)}
     assert architecture({**known, "per_layer_config": wide}) == architecture(E2B)
+
+
+def test_layers_that_are_all_alike_or_all_different() -> None:
+    """What one config can say, specs can."""
+    full = architecture({**E2B, "layer_types": [FULL] * 35})
+    assert [(len(phase.slots), phase.repeats) for phase in phases(full)] == [(1, 15), (1, 20)]
+    odd = architecture({**E2B, "global_head_dim": 384, "per_layer_config": None})
+    assert odd.specs[4].mixer.head_width == 384
+    given = {"3": {"head_dim": 128}, **{str(i): {"head_dim": 512} for i in range(4, 35, 5)}}
+    known = {k: v for k, v in E2B.items() if "global" not in k}
+    assert architecture({**known, "per_layer_config": given}).specs[3].mixer.head_width == 128
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -155,19 +192,21 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "field": ({"qk_clip": 1.0}, "unknown field qk_clip=1.0"),
     "old rope": ({"rope_theta": 1e4}, r"rope_theta=10000.0 \(supported: \[None\]\)"),
     "one rope": ({"rope_parameters": ROPES[FULL]}, "rope_parameters=.*are not of"),
-    "no windows": ({"layer_types": [FULL] * 35}, "layer_types=.*alone"),
     "kinds": ({"layer_types": ["chunked_attention"] * 35}, "layer_types=.*not supported"),
-    "width": ({"global_head_dim": 384}, "global_head_dim=384 is no multiple of head_dim=256"),
-    "no width": ({"global_head_dim": None}, "global_head_dim=None is no multiple"),
+    "no width": ({"global_head_dim": None}, "global_head_dim=None is no number"),
+    "heads": (
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
+        "num_global_key_value_heads=3 does not divide num_attention_heads=8",
+    ),
     "all shared": ({"num_kv_shared_layers": 35}, "num_kv_shared_layers=35: the first 0 layers"),
     "one kind": ({"num_kv_shared_layers": 33}, "num_kv_shared_layers=33: the first 2 layers"),
-    "a layer": (
-        {"per_layer_config": {"4": {"head_dim": 512}}},
-        "per_layer_config=.*one head_dim and one",
+    "a layer that is not there": (
+        {"per_layer_config": {"35": {"head_dim": 512}}},
+        r"per_layer_config=.*numbers of layers, 0\.\.34",
     ),
     "a window": (
         {"per_layer_config": {str(i): {"sliding_window": 9} for i in range(4, 35, 5)}},
-        "per_layer_config=.*no other difference",
+        "per_layer_config=.*for each of them .*'head_dim', 'num_key_value_heads'",
     ),
     "experts": ({"enable_moe_block": True}, "enable_moe_block=True and .*num_experts"),
     "vocabulary": ({"vocab_size_per_layer_input": 9}, "vocab_size_per_layer_input=9 is less"),

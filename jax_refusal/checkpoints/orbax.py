@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from jax_refusal import sharding
 from jax_refusal.artifacts import write_whole
-from jax_refusal.models import declaration
-from jax_refusal.models.convert import ConversionError
-from jax_refusal.models.families import Architecture
+from jax_refusal.checkpoints.hf import ConversionError
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.spec import Architecture
 
 
 def save(model: Transformer, folder: Path) -> None:
@@ -66,10 +66,9 @@ def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Trans
 
     _check_files(folder)
     target = {}
-    for path, logical in declaration.axes(arch).items():
-        shape = declaration.shape(arch, logical)
-        placed = sharding.named(mesh, logical, shape)
-        target[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    for path, leaf in leaves(arch).items():
+        placed = sharding.named(mesh, leaf.axes, leaf.shape)
+        target[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed)
     with ocp.StandardCheckpointer() as checkpointer:
         stored: Any = checkpointer.metadata(folder.absolute()).item_metadata
         if stored is None:
@@ -84,10 +83,10 @@ def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Trans
                 f"{'; '.join(shown)}. Convert the model again."
             )
         try:
-            leaves = checkpointer.restore(folder.absolute(), target)
+            arrays = checkpointer.restore(folder.absolute(), target)
         except Exception as error:  # Orbax raises plain exceptions, whose text is long
             raise ConversionError(f"{folder} is damaged. Convert the model again.") from error
-    broken = sorted(path for path, leaf in leaves.items() if not bool(jnp.isfinite(leaf).all()))
+    broken = sorted(path for path, array in arrays.items() if not bool(jnp.isfinite(array).all()))
     if broken:
         raise ConversionError(f"Leaves that are not finite (NaN or infinite): {broken}.")
-    return Transformer(arch, leaves)
+    return Transformer(arch, arrays)

@@ -10,8 +10,25 @@ from typing import Any
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.models.families import REFUSED, UnsupportedModel, architecture
+from jax_refusal.families.registry import REFUSED, architecture
+from jax_refusal.models.spec import Architecture, Attention, Mlp, Moe, UnsupportedModel
 from tests.models.cases import fields
+
+
+def windows(arch: Architecture) -> tuple[int, ...]:  # [L]
+    return tuple(spec.mixer.window for spec in arch.specs)
+
+
+def ropes(arch: Architecture) -> tuple[int, ...]:  # [L]
+    return tuple(spec.mixer.rope for spec in arch.specs)
+
+
+def first(arch: Architecture) -> tuple[Attention, Mlp | Moe]:
+    """The first layer's attention and MLP."""
+    ((site, branch),) = arch.specs[0].branches
+    assert site == "mlp_out" and isinstance(branch, Mlp | Moe)
+    return arch.specs[0].mixer, branch
+
 
 GEMMA2_9B = {
     "model_type": "gemma2",
@@ -273,9 +290,21 @@ GPT_OSS_20B = {
 
 def test_gpt_oss() -> None:
     arch = architecture(GPT_OSS_20B)
-    assert arch.windows == (128, 0) * 12 and arch.sinks and arch.swiglu_limit == 7.0
-    assert (arch.experts, arch.experts_per_token, arch.expert_bias) == (32, 4, True)
-    assert arch.qkv_bias and arch.out_bias and not arch.mlp_bias and not arch.tied_head
+    attention, experts = first(arch)
+    assert (
+        windows(arch) == (128, 0) * 12
+        and attention.sinks
+        and experts
+        == Moe(
+            experts=32,
+            experts_per_token=4,
+            width=2880,
+            activation="quick_gelu",
+            bias=True,
+            swiglu_limit=7.0,
+        )
+    )
+    assert attention.qkv_bias and attention.out_bias and not arch.tied_head
     (rope,) = arch.ropes
     assert (rope.kind, rope.base, rope.factor, rope.truncate) == ("yarn", 150000, 32, False)
     silent = ("layer_types", "rope_scaling", "rope_theta", "attention_bias", "swiglu_limit")
@@ -284,7 +313,7 @@ def test_gpt_oss() -> None:
 
 def test_olmo3() -> None:
     arch = architecture(OLMO3_7B)
-    assert arch.windows == (4096, 4096, 4096, 0) * 8 and arch.rope_of_layer == (1, 1, 1, 0) * 8
+    assert windows(arch) == (4096, 4096, 4096, 0) * 8 and ropes(arch) == (1, 1, 1, 0) * 8
     full, local = arch.ropes
     assert (full.kind, full.base, local.kind, local.base) == ("yarn", 5e5, "default", 5e5)
     assert full.attention_factor == 1.2079441541679836
@@ -292,63 +321,70 @@ def test_olmo3() -> None:
 
 def test_ministral3() -> None:
     arch = architecture(MINISTRAL3_3B)
-    assert arch.wrapped and arch.tied_head and arch.windows == ()
-    assert (arch.query_growth, arch.query_period) == (0.1, 16384)
+    assert arch.wrapped and arch.tied_head and not any(windows(arch))
+    assert (arch.query_scale, arch.query_period) == (0.1, 16384)
     assert arch.ropes[0].attention_factor == 1.0  # mscale over mscale_all_dim
 
 
 def test_mixtral() -> None:
     arch = architecture(MIXTRAL_8X7B)
-    assert (arch.experts, arch.experts_per_token, arch.shares_add_up) == (8, 2, True)
+    assert first(arch)[1] == Moe(experts=8, experts_per_token=2, width=14336)
 
 
 def test_gemma() -> None:
     arch = architecture(GEMMA_2B)
-    assert arch.tied_head and arch.norm == "one_plus" and arch.activation == "gelu_tanh"
-    assert (arch.head_width, arch.kv_heads, arch.embed_scale) == (256, 1, math.sqrt(2048))
+    attention, mlp = first(arch)
+    assert arch.tied_head and arch.norm == "one_plus" and mlp.activation == "gelu_tanh"
+    assert (attention.head_width, attention.kv_heads) == (256, 1)
+    assert arch.embed_scale == math.sqrt(2048)
 
 
 def test_gemma2() -> None:
     arch = architecture(GEMMA2_9B)
-    assert arch.windows == (4096, 0) * 21
-    assert (arch.score_cap, arch.logit_cap, arch.score_scale) == (50.0, 30.0, 1 / 16)
-    assert arch.pre_norm and arch.post_norm and arch.tied_head
+    attention, _ = first(arch)
+    assert windows(arch) == (4096, 0) * 21
+    assert (attention.score_cap, arch.logit_cap, attention.score_scale) == (50.0, 30.0, 1 / 16)
+    assert arch.specs[0].pre_norm and arch.specs[0].post_norm and arch.tied_head
 
 
 def test_gemma3_with_what_its_file_leaves_out() -> None:
     arch = architecture(GEMMA3_27B)
     assert arch.wrapped and arch.vocab == 262208 and arch.context == 131072
-    assert arch.windows == ((1024,) * 5 + (0,)) * 10 + (1024,) * 2
-    assert arch.score_scale == 168**-0.5 and arch.score_cap == arch.logit_cap == 0.0
+    assert windows(arch) == ((1024,) * 5 + (0,)) * 10 + (1024,) * 2
+    attention, _ = first(arch)
+    assert attention.score_scale == 168**-0.5 and attention.score_cap == arch.logit_cap == 0.0
     full, local = arch.ropes
     assert (full.base, full.kind, full.factor) == (1e6, "linear", 8.0)
     assert (local.base, local.kind) == (1e4, "default")
-    assert arch.rope_of_layer == ((1,) * 5 + (0,)) * 10 + (1,) * 2
+    assert ropes(arch) == ((1,) * 5 + (0,)) * 10 + (1,) * 2
 
 
 def test_phi4_mini_is_exact_up_to_its_original_context() -> None:
     arch = architecture(PHI4_MINI)
-    assert arch.rotary_width == 96 and arch.head_width == 128 and arch.context == 4096
+    attention, _ = first(arch)
+    assert attention.rotary_width == 96 and attention.head_width == 128 and arch.context == 4096
     (rope,) = arch.ropes
     assert rope.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
 
 
 def test_smollm3() -> None:
     arch = architecture(SMOLLM3_3B)
-    assert arch.windows == () and arch.rope_of_layer == (0, 0, 0, 1) * 9 and arch.tied_head
+    assert not any(windows(arch)) and ropes(arch) == (0, 0, 0, 1) * 9 and arch.tied_head
     assert [(rope.base, rope.kind) for rope in arch.ropes] == [(5e6, "default"), (5e6, "none")]
 
 
 def test_qwen25() -> None:
     arch = architecture(QWEN25_7B)
-    assert arch.qkv_bias and not arch.out_bias and arch.windows == ()
+    attention, _ = first(arch)
+    assert attention.qkv_bias and not attention.out_bias and not any(windows(arch))
     window = architecture({**QWEN25_7B, "use_sliding_window": True, "max_window_layers": 21})
-    assert window.windows == (0,) * 21 + (131072,) * 7
+    assert windows(window) == (0,) * 21 + (131072,) * 7
 
 
 def test_olmo2() -> None:
     arch = architecture(OLMO2_7B)
-    assert not arch.pre_norm and arch.post_norm and arch.qk_norm == "projection"
+    (spec,) = set(arch.specs)
+    assert not spec.pre_norm and spec.post_norm and spec.mixer.qk_norm == "projection"
 
 
 def inside(**changed: Any) -> dict[str, Any]:

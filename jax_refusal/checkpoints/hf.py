@@ -1,0 +1,376 @@
+"""Hugging Face tensors to the leaves of the decoder and back, slice by slice.
+
+Which slice of which tensor a device needs, transposes, shape checks, missing and unused tensors,
+and the way back follow from what each leaf declares; see `models.params`.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_refusal import sharding
+from jax_refusal.families.registry import family_of
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.leaves import leaves
+from jax_refusal.models.params import Leaf
+from jax_refusal.models.spec import Architecture
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+OPEN_FOR = 2**28  # bytes that are read before the files are opened anew
+
+# Buffers of old checkpoints that the config already states.
+IGNORED = re.compile(
+    r"(model\.layers\.\d+\.self_attn|transformer(\.h\.\d+\.attn)?)\.rotary_emb\.inv_freq"
+)
+# In a multimodal checkpoint: what stands for `model.` and `lm_head.` around the text model, as the
+# hub's files and as newer ones have it, and where the other modalities lie.
+PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+OTHER_MODALITIES = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio"
+    r"|vision_embedder)\..*"
+)
+# Halves of a tensor that lies in MXFP4; see `mxfp4`.
+PACKED = re.compile(r"(.*)_(blocks|scales)")
+
+
+class ConversionError(ValueError):
+    """The tensors do not make the model that the config describes; all failures together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor on disk: `read(slices)` returns that part of it as a numpy array."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        return self.read(slices)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorGroup:
+    """The tensors of one name, which differ in the numbers in it alone."""
+
+    name: str  # with {layer} and {expert} for numbers
+    parts: tuple[Leaf, ...]  # what each of them holds, in order along its fused dimension
+
+    @cached_property
+    def along(self) -> int:
+        """The dimension along which the parts follow each other, or alternate entry by entry."""
+        first = self.parts[0]
+        if first.alternates:
+            return len(first.dimensions) - 1
+        return int(first.dimensions[0] == ("experts",) and len(first.dimensions) > 1)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of each whole tensor."""
+        whole = list(self.parts[0].sizes)
+        whole[self.along] = sum(part.sizes[self.along] for part in self.parts)
+        return tuple(whole)
+
+    @cached_property
+    def names(self) -> dict[tuple[int, ...], str]:
+        """Places along the axes that the name counts -> the tensor there."""
+        first = self.parts[0]
+        counted = len(first.counted)
+        found = {}
+        for place in itertools.product(*map(range, first.shape[:counted])):
+            numbers = dict(zip(first.counted, place, strict=True))
+            layer = first.layers[numbers["layers"]] if "layers" in numbers else None
+            found[place] = self.name.format(layer=layer, expert=numbers.get("experts"))
+        return found
+
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """Path of a part -> entries of the parts in front of it; of those that alternate, how many
+        parts are."""
+        sizes = [1 if part.alternates else part.sizes[self.along] for part in self.parts]
+        ends = itertools.accumulate(sizes, initial=0)
+        return {part.path: start for part, start in zip(self.parts, ends, strict=False)}
+
+    def where(self, part: Leaf, start: int, stop: int) -> slice:
+        """Where the entries start..stop of a part lie along the fused dimension."""
+        first = self.starts[part.path]
+        if part.alternates:
+            step = len(self.parts)
+            return slice(step * start + first, step * stop, step)
+        return slice(first + start, first + stop)
+
+
+@cache
+def groups(arch: Architecture) -> tuple[TensorGroup, ...]:
+    """Everything that a checkpoint of this architecture holds."""
+    parts: dict[tuple[tuple[int, ...], str], list[Leaf]] = {}
+    for leaf in leaves(arch).values():
+        parts.setdefault((leaf.layers, leaf.stored.name), []).append(leaf)
+    return tuple(TensorGroup(name, tuple(found)) for (_, name), found in parts.items())
+
+
+@cache
+def expected(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this architecture holds, with its shape."""
+    return {name: group.shape for group in groups(arch) for name in group.names.values()}
+
+
+AnyTensor = TypeVar("AnyTensor")
+
+
+def as_stored(arch: Architecture, tensors: Mapping[str, Any]) -> Architecture:
+    """The architecture, named as this checkpoint names it: experts may lie fused."""
+    named = [dataclasses.replace(arch, naming=each) for each in family_of(arch).namings]
+    if len(named) == 1:
+        return arch
+    return max(named, key=lambda arch: sum(name in tensors for name in expected(arch)))
+
+
+def unwrapped(arch: Architecture, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Without what is no part of the model; the text model's own names in a multimodal one."""
+    found, unread = {}, family_of(arch).unread
+    for name, tensor in tensors.items():
+        if arch.wrapped:
+            if OTHER_MODALITIES.fullmatch(name):
+                continue
+            prefix = next((p for p in PREFIXES if name.startswith(p)), "")
+            name = PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+        if not (IGNORED.fullmatch(name) or unread(arch, name)):
+            found[name] = tensor
+    return found
+
+
+def safetensors(files: list[Path], packed: bool = False) -> dict[str, Tensor]:
+    """The tensors of some safetensors files, unread. packed: some of them as pairs of MXFP4."""
+    tensors: dict[str, Tensor] = {}
+    opened = _Files()
+    for path in files:
+        handle = opened.handle(path)
+        for name in handle.keys():  # noqa: SIM118 (a handle, not a dict)
+            part = handle.get_slice(name)
+            allowed = {"U8"} if packed and PACKED.fullmatch(name) else FLOATS
+            if part.get_dtype() not in allowed:
+                raise ConversionError(
+                    f"{name} in {path.name} is stored as {part.get_dtype()}; supported are "
+                    f"{sorted(allowed)}. Quantised weights have to be dequantised first."
+                )
+            tensors[name] = Tensor(tuple(part.get_shape()), partial(opened.read, path, name))
+    return tensors
+
+
+class _Files:
+    """Mapped safetensors files. What was read of a mapping counts as this process's memory until it
+    is closed: all are, each time that OPEN_FOR bytes were read, or loading would seem to take the
+    weights twice."""
+
+    def __init__(self) -> None:
+        self.handles: dict[Path, Any] = {}
+        self.left = OPEN_FOR
+
+    def handle(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if path not in self.handles:
+            try:
+                self.handles[path] = safe_open(path.resolve(), framework="np")
+            except (SafetensorError, OSError) as error:
+                raise ConversionError(
+                    f"{path} is not a complete safetensors file ({error}). Fetch it again."
+                ) from None
+        return self.handles[path]
+
+    def read(self, path: Path, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor; steps are taken here, since not every reader of files knows them."""
+        steps = tuple(slice(None, None, each.step) for each in slices)
+        plain = tuple(slice(each.start, each.stop) for each in slices)
+        found = self.handle(path).get_slice(name)[plain]
+        self.left -= found.nbytes
+        if self.left <= 0:
+            self.handles.clear()
+            self.left = OPEN_FOR
+        return found[steps]
+
+
+def load(
+    arch: Architecture,
+    tensors: Mapping[str, Tensor],
+    mesh: Mesh,
+    dtype: np.dtype,
+    *,
+    donatable: bool = False,
+) -> Transformer:
+    """Builds the model on the mesh, reading only the slices that this process's devices need.
+
+    donatable: a program will write over the weights. A CPU can do that only in memory of its own,
+    into which it copies what was read; otherwise it computes in the memory that was read into.
+    Raises ConversionError naming every missing, unused, misshapen or non-finite tensor.
+    """
+    tensors = unwrapped(arch, tensors)
+    arch = as_stored(arch, tensors)
+    check(arch, tensors)
+    broken: set[str] = set()
+    read = partial(_read, tensors, dtype, broken, partial(_empty, aligned=not donatable))
+    arrays = {}
+    for group in groups(arch):
+        for leaf in group.parts:
+            callback = _once(leaf.shape, partial(read, group, leaf))
+            placed = sharding.named(mesh, leaf.axes, leaf.shape)
+            arrays[leaf.path] = jax.make_array_from_callback(leaf.shape, placed, callback)
+    if broken:
+        raise ConversionError(f"Weights that are not finite (NaN or infinite): {sorted(broken)}.")
+    return Transformer(arch, arrays)
+
+
+def _once(
+    shape: tuple[int, ...], read: Callable[[list[range]], np.ndarray]
+) -> Callable[[Any], np.ndarray]:
+    """`read` for slices of every axis of a leaf; replicas of one slice are read once."""
+    found: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = str(index)
+        if key not in found:
+            each = zip(index, shape, strict=True)
+            found[key] = read([range(*part.indices(size)) for part, size in each])
+        return found[key]
+
+    return part
+
+
+def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor there, of the right shape, and none left over."""
+    wanted = expected(arch)
+    head, embedding = _head_and_embedding(arch)
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in tensors]
+    for name, tensor in tensors.items():
+        if name in wanted:
+            if tensor.shape != wanted[name]:
+                problems.append(f"{name} has shape {tensor.shape}, not {wanted[name]}")
+        elif name == head:
+            every = (slice(None), slice(None))
+            tied = tensors.get(embedding)
+            if tied is None or not np.array_equal(tensor[every], tied[every]):
+                problems.append(f"{name} differs from the embedding it is said to be tied to")
+        else:
+            problems.append(f"unused {name} {tensor.shape}")
+    if head in wanted and head not in tensors:
+        problems.append("(a head that is the embedding is said by tie_word_embeddings=true)")
+    if problems:
+        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise ConversionError(
+            f"The checkpoint does not fit its {arch.family} config: " + "; ".join(shown) + "."
+        )
+
+
+def _head_and_embedding(arch: Architecture) -> tuple[str, str]:
+    """Their names, of a model whose head may be its embedding."""
+    declared = leaves(dataclasses.replace(arch, tied_head=False))
+    return declared["head"].stored.name, declared["embed"].stored.name
+
+
+def stored(model: Transformer) -> dict[str, Tensor]:
+    """The model's tensors under Hugging Face's names, in its layout, in the model's dtype.
+
+    Each is brought to the host when it is read, so that a model larger than the host's memory can
+    be written shard by shard. A tied head has no tensor of its own. A text model out of a
+    multimodal checkpoint is named as a text model (`model_type` of its `text_config`). Loading
+    these tensors gives the same bits.
+    """
+    arrays = model.leaves()
+    return {
+        name: Tensor(group.shape, partial(_written, group, arrays, place))
+        for group in groups(model.arch)
+        for place, name in group.names.items()
+    }
+
+
+def to_hugging_face(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of `stored`, read one at a time."""
+    for name, tensor in stored(model).items():
+        yield name, tensor[(slice(None),) * len(tensor.shape)]
+
+
+def _written(
+    group: TensorGroup,
+    arrays: Mapping[str, jax.Array],  # by path
+    place: tuple[int, ...],
+    slices: tuple[slice, ...],
+) -> np.ndarray:
+    """Part of one tensor, as Hugging Face lays it out."""
+    pieces = []
+    for leaf in group.parts:
+        own = leaf.axes[len(leaf.counted) :]
+        order = [own.index(axis) for dimension in leaf.dimensions for axis in dimension]
+        pieces.append(np.asarray(arrays[leaf.path][place]).transpose(order).reshape(leaf.sizes))
+    if group.parts[0].alternates:
+        return np.stack(pieces, -1).reshape(*pieces[0].shape[:-1], -1)[slices]
+    return np.concatenate(pieces, group.along)[slices]
+
+
+def _read(
+    tensors: Mapping[str, Tensor],
+    dtype: np.dtype,
+    broken: set[str],
+    empty: Callable[..., np.ndarray],
+    group: TensorGroup,
+    leaf: Leaf,
+    ranges: Sequence[range],  # of every axis of the leaf
+) -> np.ndarray:
+    """One slice of a leaf; adds the names of tensors with NaN or infinity to `broken`."""
+    wanted = dict(zip(leaf.axes, ranges, strict=True))
+    size = dict(zip(leaf.axes, leaf.shape, strict=True))
+    own = leaf.axes[len(leaf.counted) :]
+    # What to read of each tensor: of a dimension that holds several axes, a run of the first.
+    slices = []
+    for dimension, (first, *rest) in enumerate(leaf.dimensions):
+        inner = math.prod(size[axis] for axis in rest)
+        start, stop = wanted[first].start * inner, wanted[first].stop * inner
+        fused = dimension == group.along
+        slices.append(group.where(leaf, start, stop) if fused else slice(start, stop))
+    axes = [axis for dimension in leaf.dimensions for axis in dimension]
+    firsts = {dimension[0] for dimension in leaf.dimensions}
+    sizes = [len(wanted[axis]) if axis in firsts else size[axis] for axis in axes]
+    order = [axes.index(axis) for axis in own]
+    others = tuple(
+        slice(None) if a in firsts else slice(wanted[a].start, wanted[a].stop) for a in own
+    )
+    # Filled tensor by tensor: a list of them and its stack would be two copies.
+    part = empty([len(wanted[axis]) for axis in leaf.axes], dtype)
+    for place in itertools.product(*(wanted[axis] for axis in leaf.counted)):
+        name = group.names[place]
+        block = tensors[name][tuple(slices)].astype(dtype)
+        if not np.isfinite(block.astype(np.float32) if dtype != np.float32 else block).all():
+            broken.add(name)
+        at = tuple(i - run.start for i, run in zip(place, ranges, strict=False))
+        part[at] = block.reshape(sizes).transpose(order)[others]
+    return part
+
+
+def _empty(shape: list[int], dtype: np.dtype, aligned: bool) -> np.ndarray:
+    """`numpy.empty` where XLA asks for arrays to begin, so that a CPU takes it as it is; or not
+    there, so that it copies."""
+    size, at = math.prod(shape) * dtype.itemsize, 64
+    raw = np.empty(size + 2 * at, np.uint8)
+    start = -raw.ctypes.data % at + (0 if aligned else dtype.itemsize)
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """'float32' or 'bfloat16' as numpy knows it."""
+    dtypes = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+    if name not in dtypes:
+        raise ValueError(f"dtype={name!r} is not supported; supported are {sorted(dtypes)}.")
+    return dtypes[name]

@@ -1,0 +1,30 @@
+"""Model families, one file each (or close kin together). A file registers what it holds; adding one
+is writing it and naming it here."""
+
+from jax_refusal.families import (
+    gemma,
+    gemma4,
+    gpt_oss,
+    llama,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    qwen1,
+    refused,
+    smollm3,
+)
+
+__all__ = [
+    "gemma",
+    "gemma4",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "olmo",
+    "phi",
+    "qwen",
+    "qwen1",
+    "refused",
+    "smollm3",
+]

@@ -1,0 +1,48 @@
+"""OLMo 2 and 3: norms of what is written alone."""
+
+from jax_refusal.families.common import (
+    attention,
+    decoder,
+    layers,
+    mlp,
+    one_rope,
+    some_layers,
+    two_ropes,
+)
+from jax_refusal.families.registry import Config, Family, register
+from jax_refusal.models.spec import Architecture
+
+
+def read_olmo2(config: Config) -> Architecture:
+    mixer = attention(config, qk_norm="projection")
+    specs = layers(config, mixer, mlp(config), pre_norm=False, post_norm=True)
+    return decoder(config, specs, (one_rope(config),), norm="scale_in_float32")
+
+
+def read_olmo3(config: Config) -> Architecture:
+    """Three layers of four have a window; the scaling of rotary embeddings is for the others."""
+    windows = some_layers(config, lambda i: (i + 1) % 4 != 0)
+    specs = layers(
+        config,
+        attention(config, qk_norm="projection"),
+        mlp(config),
+        windows=windows,
+        ropes=[int(window > 0) for window in windows],
+        pre_norm=False,
+        post_norm=True,
+    )
+    return decoder(config, specs, two_ropes(config, 5e5, 5e5), norm="scale_in_float32")
+
+
+register(Family(model_type="olmo2", read=read_olmo2, fields="attention_bias"))
+register(
+    Family(
+        model_type="olmo3",
+        read=read_olmo3,
+        fields="attention_bias sliding_window layer_types",
+        required="num_key_value_heads",
+        defaults={"sliding_window": 4096},
+        # Of another base the library keeps only one half; files of today have this one.
+        fixed={"rope_theta": (500000,)},
+    )
+)
