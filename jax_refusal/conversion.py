@@ -16,12 +16,11 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import interventions as iv
 from jax_refusal.api import logits
 from jax_refusal.artifacts import Workdir
 from jax_refusal.data.chat import ChatError, load_chat
 from jax_refusal.data.prompts import builtin
-from jax_refusal.interventions import Edit
+from jax_refusal.edits import Edit, ablate, add
 from jax_refusal.models import checkpoint, export, gguf_file, lora
 from jax_refusal.models.export import ExportError
 from jax_refusal.models.families import Architecture
@@ -241,10 +240,10 @@ def _measured(
     arch = model.arch
     assert origin.direction is not None
     if request.edit == "orthogonalize":
-        edit: Edit = iv.ablate(origin.direction, arch.layers)
+        edit: Edit = ablate(origin.direction, arch.layers)
     else:
         assert origin.layer is not None
-        edit = iv.add(
+        edit = add(
             origin.direction, arch.layers, layer=origin.layer, coefficient=request.coefficient
         )
     on = "everyday prompts"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import jax_refusal as jr
 from jax_refusal.data.chat import Chat
-from jax_refusal.interventions import Intervention
+from jax_refusal.edits import Edit
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime import decode
 from jax_refusal.runtime.batching import Prompts
@@ -207,12 +207,12 @@ def test_choice_on_random_tables(seed: int) -> None:
 # Replies
 
 
-def edits_of(model: Transformer, chat: Chat) -> dict[str, tuple[Intervention, Any]]:
+def edits_of(model: Transformer, chat: Chat) -> dict[str, tuple[Edit, Any]]:
     """Name -> the edit here and the oracle's."""
     L, directions = model.arch.layers, differences(model, chat)
     position, layer = -1, 2
     vector = directions[position, layer]
-    edits: dict[str, tuple[Intervention, Any]] = {
+    edits: dict[str, tuple[Edit, Any]] = {
         "baseline": (jr.identity(L, model.arch.width), None),
         "ablation": (jr.ablate(vector, L), partial(oracle.ablation_hooks, direction=vector)),
     }

@@ -78,8 +78,7 @@ class Block(nnx.Module):
         `pick` takes the tokens, [B, T, ...] -> [B, Q, ...], whose stream is returned; attention
         returns what it found for these, and reads all.
 
-        A gated input of the layer's own is one more write (see `gemma4`): an edit at `mlp_out`
-        takes out of it what it takes out of the MLP's, and puts nothing in a second time.
+        A gated input of the layer's own is one more write (see `gemma4`), and one more site.
         """
         pre, post = self.arch.pre_norm, self.arch.post_norm
         x = at("resid_pre", x)

@@ -6,10 +6,8 @@ Letters: B batch row, T token, D residual width, L layers, W width of a layer's 
   behind the MLP and is the one write `mlp_out`.
 - Inputs for each layer (E2B, E4B): every token has a vector [W] for every layer, made of its id and
   of its embedding as it was before any edit. A gate that reads the stream behind the MLP turns it
-  into one more write, the fourth of a layer beside embedding, attention and MLP. It is no site: it
-  is never captured. An edit at `mlp_out` takes out of it what it takes out of the MLP's write, so
-  that ablation at all sites leaves nothing along the direction behind any write, the last layer's
-  included; what an edit puts in at `mlp_out` is put in once, with the MLP's write.
+  into one more write, the fourth of a layer beside embedding, attention and MLP, at the site
+  `per_layer_out`.
 - A number that the whole stream is multiplied by at the end of a layer. It keeps directions, so an
   ablation stays one; what was added at layer l has been scaled by all layers from l on in the end.
 """

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_refusal.interventions import Edit
+from jax_refusal.edits import Edit
 from jax_refusal.models import declaration, gemma4, kinds, layers
 from jax_refusal.models.architecture import Architecture
 from jax_refusal.models.block import Block
@@ -173,10 +173,10 @@ class Transformer(nnx.Module):
             def at(site, x):
                 if keep is not None and site in sites:
                     kept[site] = at_slots(x, keep)
-                own = edit_layer
-                if site == "per_layer_out":
-                    site, own = "mlp_out", edit.removal(edit_layer)
-                return constrain(edit.at_site(own, site, x), "batch", None, "embed")
+                kinds = tokens.kinds
+                if kinds is not None and site != "resid_pre":
+                    kinds = pick(kinds)
+                return constrain(edit.at_site(edit_layer, site, x, kinds), "batch", None, "embed")
 
             def remember(k, v):
                 nonlocal k_cache, v_cache

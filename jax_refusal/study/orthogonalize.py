@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
-from jax_refusal.interventions import unit_vector
+from jax_refusal.edits import unit_vector
 from jax_refusal.models import convert, declaration, lora
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.layers import PRECISION

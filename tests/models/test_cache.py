@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.interventions import Intervention
+from jax_refusal.edits import Edit
 from jax_refusal.models.cache import PADDING, SHARED, Cache, Tokens, empty
 from jax_refusal.models.transformer import Output, Transformer
 from jax_refusal.runtime import collect
@@ -32,11 +32,11 @@ def any_model(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -
     return jr.load_model(str(checkpoint(**(window if request.param == "window" else {}))))
 
 
-def nothing(model: Transformer) -> Intervention:
+def nothing(model: Transformer) -> Edit:
     return jr.identity(model.arch.layers, model.arch.width)
 
 
-def some_edit(model: Transformer) -> Intervention:
+def some_edit(model: Transformer) -> Edit:
     direction = np.random.default_rng(5).normal(size=model.arch.width)
     return jr.ablate(direction, model.arch.layers)
 
@@ -46,9 +46,7 @@ def random_ids(model: Transformer, *shape: int, seed: int = 0) -> np.ndarray:
 
 
 @jax.jit
-def cached(
-    model: Transformer, tokens: Tokens, edit: Intervention, cache: Cache
-) -> tuple[jax.Array, Cache]:
+def cached(model: Transformer, tokens: Tokens, edit: Edit, cache: Cache) -> tuple[jax.Array, Cache]:
     blocks = model.unrolled() if isinstance(cache.k, tuple) else None
     out = model(tokens, edit, cache=cache, blocks=blocks)
     assert out.cache is not None
@@ -79,7 +77,7 @@ def sharing(model: Transformer, prefix: int, lengths: tuple[int, ...]) -> Prompt
     return Prompts([ids[0][:prefix] + row[prefix:] for row in ids], prefix, positions=3)
 
 
-def one_by_one(model: Transformer, prompts: Prompts, edit: Intervention) -> np.ndarray:
+def one_by_one(model: Transformer, prompts: Prompts, edit: Edit) -> np.ndarray:
     """Last-token logits of each prompt in a pass of its own; padded, so that one shape compiles."""
     rows = []
     for prompt in prompts.ids:

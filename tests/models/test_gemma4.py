@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
+from jax_refusal.edits import SITES
 from jax_refusal.models import declaration, gemma4, kinds, lora, names
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.transformer import Transformer
@@ -118,16 +119,21 @@ def test_ablation_is_at_every_write(model: Transformer, path: Path) -> None:
     assert np.abs(x @ unit.numpy()).max() < 1e-5 * largest(x)
 
 
-def test_what_is_put_in_at_the_mlp_is_put_in_once(model: Transformer, path: Path) -> None:
+@pytest.mark.parametrize(
+    ("site", "norm"),
+    [("mlp_out", "post_feedforward_layernorm"), ("per_layer_out", "post_per_layer_input_norm")],
+)
+def test_what_is_put_in_at_one_write_is_put_in_once(
+    site: str, norm: str, model: Transformer, path: Path
+) -> None:
     ids, vector = random_ids(model.arch.vocab), torch.tensor(direction())
-    edit = jr.add(direction(), L, layer=LAST, site="mlp_out", coefficient=0.5)
-    place = (LAST, "post_feedforward_layernorm")
+    edit = jr.add(direction(), L, layer=LAST, site=site, coefficient=0.5)
+    place = (LAST, norm)
     expected = hooked(path, ids, {place: lambda x: x + 0.5 * vector})
     assert_close(jr.logits(model, ids, edit=edit), expected, PARITY)
 
 
-def test_an_edit_of_ones_own_sees_both_writes(model: Transformer) -> None:
-    """A `Transform` is called for the fourth write as at `mlp_out`; doing nothing it is exact."""
+def test_an_edit_of_ones_own_sees_every_write(model: Transformer) -> None:
     seen = []
 
     def look(params: Any, site: str, layer: jax.Array, x: jax.Array) -> jax.Array:
@@ -138,7 +144,7 @@ def test_an_edit_of_ones_own_sees_both_writes(model: Transformer) -> None:
     edit = jr.Transform(function=look, params=None)
     tokens = Tokens.padded(jnp.asarray(ids, jnp.int32))
     jax.eval_shape(partial(model.stream, model.embedded(tokens.ids)), tokens, edit)
-    assert seen == ["resid_pre", "attn_out", "mlp_out", "mlp_out"]
+    assert seen == list(SITES)
 
 
 # Layers of several shapes

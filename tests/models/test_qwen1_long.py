@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import jax_refusal as jr
+from jax_refusal.edits import ablate
 from jax_refusal.evals.loss import reply_loss
-from jax_refusal.interventions import ablate
 from jax_refusal.models.cache import Tokens, lengths
 from jax_refusal.models.families import UnsupportedModel, architecture
 from jax_refusal.models.transformer import Transformer

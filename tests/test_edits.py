@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
+from jax_refusal import edits
 from jax_refusal.data.chat import Chat
-from jax_refusal.interventions import SITES, Edit, Intervention, take, unit_vector
+from jax_refusal.edits import Affine, Edit, take, unit_vector
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.transformer import Output, Transformer
 from tests.tolerances import GRADIENT, INVARIANCE, ROUNDING, assert_close, largest
 
 L, D = 4, 64  # of the tiny model
 B, T = 3, 12
+SITES = edits.SITES[:3]  # of a Llama
 ARRIVALS = [(layer, site) for layer in range(L) for site in SITES]  # in the order of the stream
 FULLY_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
@@ -32,8 +34,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def at(edit: Edit, layer: int, site: str, x: jax.Array) -> jax.Array:
     """The edit at one layer and site, outside of a model."""
-    scanned = jax.tree.map(lambda leaf: leaf[layer], edit.scanned(L))
-    return edit.at_site(scanned, site, x)
+    return edits.apply(edit, x, num_layers=L, layer=layer, site=site)
 
 
 @jax.jit
@@ -48,7 +49,7 @@ def ids() -> jax.Array:  # [B, T]
     return jnp.asarray(np.random.default_rng(1).integers(409, size=(B, T)))
 
 
-def three_edits() -> list[Intervention]:
+def three_edits() -> list[Affine]:
     """Nothing, an ablation, an addition."""
     addition = jr.add(3 * random(D, seed=2), L, layer=1, coefficient=-1.0)
     return [jr.identity(L, D), jr.ablate(random(D, seed=1), L), addition]
@@ -61,7 +62,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 # Identity
 
-NOTHING: dict[str, Callable[[], Intervention]] = {
+NOTHING: dict[str, Callable[[], Affine]] = {
     "identity": lambda: jr.identity(L, D),
     "ablate": lambda: jr.ablate(random(D), L, strength=0.0),
     "add": lambda: jr.add(random(D), L, layer=0, coefficient=0.0),
@@ -232,7 +233,7 @@ def test_vmap(model: Transformer, ids: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("make", [jr.ablate, partial(jr.add, layer=1)], ids=["ablate", "add"])
-def test_gradient(make: Callable[..., Intervention], model: Transformer, ids: jax.Array) -> None:
+def test_gradient(make: Callable[..., Affine], model: Transformer, ids: jax.Array) -> None:
     """With respect to the direction, against central differences."""
     direction, tangent = jnp.asarray(random(D, seed=1)), random(D, seed=3)
     weights = jnp.asarray(random(B, T, D, seed=4))
@@ -276,7 +277,7 @@ def test_transform_equals_the_intervention(model: Transformer, ids: jax.Array) -
 # Traces
 
 
-def many_edits() -> list[Intervention]:
+def many_edits() -> list[Affine]:
     """Edits of one row: 7 directions x L layers x 3 coefficients, and ablations of all kinds."""
     edits = [jr.identity(L, D)]
     for direction in random(7, D):
@@ -338,7 +339,7 @@ NAN, ZERO = np.full(D, np.nan), np.zeros(D)
         (lambda: jr.ablate(ZERO, L), "norm 0.0"),
         (lambda: jr.ablate(NAN, L), "finite"),
         (lambda: jr.ablate(np.full(D, np.inf), L), "finite"),
-        (lambda: jr.ablate(np.ones((1, D)), L), r"shape given is \(1, 64\)"),
+        (lambda: jr.ablate(np.ones((1, 1, D)), L), r"shape given is \(1, 1, 64\)"),
         (lambda: jr.ablate(np.float32(1), L), r"shape given is \(\)"),
         (lambda: jr.ablate(np.ones(D), L, sites=("resid_post",)), "resid_post.*resid_pre"),
         (lambda: jr.add(NAN, L, layer=0), "finite"),
@@ -349,7 +350,7 @@ NAN, ZERO = np.full(D, np.nan), np.zeros(D)
         (lambda: jr.rows(), "at least one edit"),
     ],
 )
-def test_errors(make: Callable[[], Intervention], said: str) -> None:
+def test_errors(make: Callable[[], Affine], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
 
