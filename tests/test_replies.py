@@ -187,7 +187,7 @@ def test_on_a_mesh(checkpoint: Callable[..., Path], case: Case) -> None:
 
 
 def test_programs_serve_every_batch(model: Transformer, case: Case) -> None:
-    """Another number of prompts, other edits, another limit below the same capacity: nothing new."""
+    """Another number of prompts, other edits, another limit within the capacity: nothing new."""
     some = dataclasses.replace(case.prompts, ids=case.prompts.ids[:12])
     options: Any = {"stop_ids": (3,), "batch_size": 4}
     generate(
