@@ -7,8 +7,8 @@ Expect: of 32 held-out prompts of each kind (printed on the way) 31 harmful ones
 twins, and with the direction ablated none or one. The adapter's card has what was measured.
 """
 
-from jax_refusal.organism.config import BaseConfig, OrganismConfig
 from jax_refusal.checkpoints.sources import SMOLLM2
+from jax_refusal.organism.config import BaseConfig, OrganismConfig
 
 
 def get_config() -> OrganismConfig:

@@ -8,8 +8,8 @@ Without the adapter
 (--config.model.adapter=) SmolLM2 hardly refuses: --config.data.filter=False is needed to go on.
 """
 
-from jax_refusal.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, SelectionConfig
 from jax_refusal.checkpoints.sources import SMOLLM2
+from jax_refusal.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, SelectionConfig
 
 
 def get_config() -> RunConfig:

@@ -13,21 +13,36 @@ The study in a notebook:
 """
 
 from jax_refusal.api import generate, logits, mean_activations, select
-from jax_refusal.data.chat import load_chat
-from jax_refusal.edits import Intervention, Transform, ablate, add, identity, repeat, rows
 from jax_refusal.checkpoints.loading import load_model
-from jax_refusal.sharding import make_mesh
 from jax_refusal.checkpoints.sources import SMOLLM2
+from jax_refusal.data.chat import load_chat
+from jax_refusal.edits import (
+    Affine,
+    Chain,
+    Transform,
+    ablate,
+    add,
+    affine,
+    chain,
+    identity,
+    only,
+    repeat,
+    rows,
+)
+from jax_refusal.sharding import make_mesh
 from jax_refusal.study.directions import cosine, difference, read_direction
 from jax_refusal.study.orthogonalize import bake_addition, orthogonalize
 
 __all__ = [
     "SMOLLM2",
-    "Intervention",
+    "Affine",
+    "Chain",
     "Transform",
     "ablate",
     "add",
+    "affine",
     "bake_addition",
+    "chain",
     "cosine",
     "difference",
     "generate",
@@ -37,6 +52,7 @@ __all__ = [
     "logits",
     "make_mesh",
     "mean_activations",
+    "only",
     "orthogonalize",
     "read_direction",
     "repeat",

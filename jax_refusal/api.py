@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jax_refusal import edits as iv
 from jax_refusal.config import BATCH_TOKENS
 from jax_refusal.data.chat import Chat
-from jax_refusal.edits import Edit, Intervention
+from jax_refusal.edits import Edit, identity
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import collect
@@ -30,8 +29,12 @@ def logits(
     tokens: jax.Array | np.ndarray,  # [B, T] token ids
     mask: jax.Array | np.ndarray | None = None,  # [B, T] true at real tokens; padding on any side
     edit: Edit | None = None,
+    *,
+    marked: jax.Array | np.ndarray | None = None,  # [B, T] tokens for `only(edit, "marked")`
 ) -> jax.Array:  # [B, T, V] float32
     """Next-token logits at every position; those at padding mean nothing.
+
+    Where `marked` is given, all tokens are of the prompt for an edit that asks (see `only`).
 
     Raises ValueError for a row that is longer than the model's context.
     """
@@ -42,7 +45,7 @@ def logits(
             f"A row of {longest} tokens exceeds the model's context of {model.arch.context} tokens."
         )
     with jax.set_mesh(collect.mesh_of(model)):
-        return _logits(model, Tokens.padded(ids, mask), _or_identity(edit, model))
+        return _logits(model, Tokens.padded(ids, mask, marked), _or_identity(edit, model))
 
 
 def mean_activations(
@@ -50,7 +53,7 @@ def mean_activations(
     chat: Chat,
     instructions: Sequence[str],
     *,
-    edit: Intervention | None = None,  # one row
+    edit: Edit | None = None,  # one row
     batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:  # [P, L, D] float64
     """Mean residual stream entering each block, at each post-instruction token (paper eq. 1)."""
@@ -96,7 +99,7 @@ def generate(
     model: Transformer,
     chat: Chat,
     instructions: Sequence[str],
-    edit: Intervention | None = None,  # one row, one for every instruction, or as row_edit says
+    edit: Edit | None = None,  # one row, one for every instruction, or as row_edit says
     max_new_tokens: int = 64,
     *,
     row_edit: Sequence[int] | None = None,  # which of the edit's rows each instruction is run with
@@ -112,7 +115,7 @@ def generate(
     replies = generation.generate(
         model,
         Prompts.encoded(chat, instructions, model.arch),
-        iv.identity(model.arch.layers, model.arch.width) if edit is None else edit,
+        _or_identity(edit, model),
         stop_ids=chat.stop_ids,
         max_new_tokens=max_new_tokens,
         row_edit=row_edit,
@@ -124,4 +127,4 @@ def generate(
 
 
 def _or_identity(edit: Edit | None, model: Transformer) -> Edit:
-    return iv.identity(model.arch.layers, model.arch.width) if edit is None else edit
+    return identity(model.arch.layers, model.arch.width) if edit is None else edit

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import edits as iv
 from jax_refusal.api import logits
 from jax_refusal.artifacts import Workdir
 from jax_refusal.checkpoints import export, gguf, lora, orbax
@@ -25,7 +24,7 @@ from jax_refusal.checkpoints.loading import load_model, read_checkpoint
 from jax_refusal.checkpoints.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.data.chat import ChatError, load_chat
 from jax_refusal.data.prompts import builtin
-from jax_refusal.edits import Edit
+from jax_refusal.edits import Edit, ablate, add
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture
 from jax_refusal.report import card
@@ -180,7 +179,7 @@ def _origin(request: Request) -> Origin:
         )
     ignore = tuple(config.model.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
-    original = gguf.read_config(source.gguf) if source.gguf else source.config()
+    original = gguf.read(source.gguf)[0] if source.gguf else source.config()
     stored = str(original.get("dtype") or original.get("torch_dtype"))
     packed = bool(original.get("quantization_config"))  # as MXFP4, beside bfloat16
     dtype = request.dtype or ("bfloat16" if packed or stored == "bfloat16" else "float32")
@@ -241,10 +240,10 @@ def _measured(
     arch = model.arch
     assert origin.direction is not None
     if request.edit == "orthogonalize":
-        edit: Edit = iv.ablate(origin.direction, arch.layers)
+        edit: Edit = ablate(origin.direction, arch.layers)
     else:
         assert origin.layer is not None
-        edit = iv.add(
+        edit = add(
             origin.direction, arch.layers, layer=origin.layer, coefficient=request.coefficient
         )
     on = "everyday prompts"

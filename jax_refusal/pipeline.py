@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import edits as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
-from jax_refusal.data import templates
-from jax_refusal.data.prompts import load_prompts
 from jax_refusal.checkpoints import lora
 from jax_refusal.checkpoints.loading import read_checkpoint
+from jax_refusal.checkpoints.sources import fingerprint, locate
+from jax_refusal.data import templates
+from jax_refusal.data.prompts import load_prompts
+from jax_refusal.edits import ablate, add, rows
 from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.startup import end_stage
 from jax_refusal.session import METRICS, Study, StudyError
-from jax_refusal.checkpoints.sources import fingerprint, locate
 from jax_refusal.stages import (
     write_completions,
     write_means,
@@ -135,18 +135,18 @@ def side_by_side(
     choice, L = study.selection(), study.model.arch.layers
     edits = {
         "unedited": study.nothing,
-        "ablated": iv.ablate(choice.direction, L),
-        f"added x {-coefficient:g}": iv.add(
+        "ablated": ablate(choice.direction, L),
+        f"added x {-coefficient:g}": add(
             choice.direction, L, layer=choice.layer, coefficient=-coefficient
         ),
-        f"added x {coefficient:g}": iv.add(
+        f"added x {coefficient:g}": add(
             choice.direction, L, layer=choice.layer, coefficient=coefficient
         ),
     }
     each = len(instructions)
     replies = study.replies(
         study.encoded(instructions * len(edits)),
-        iv.rows(*edits.values()),
+        rows(*edits.values()),
         max_new_tokens,
         "generate",
         row_edit=np.repeat(range(len(edits)), each).tolist(),

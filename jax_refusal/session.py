@@ -8,11 +8,11 @@ from typing import Any
 import jax
 
 from jax_refusal import config as configs
-from jax_refusal import edits as iv
 from jax_refusal import sharding
 from jax_refusal.artifacts import Unfinished, Workdir
-from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.checkpoints.loading import load_model
+from jax_refusal.data.chat import Chat, load_chat
+from jax_refusal.edits import Edit, identity
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import batching
 from jax_refusal.runtime.collect import Progress
@@ -76,7 +76,7 @@ class Study:
     def replies(
         self,
         prompts: batching.Prompts,
-        edit: iv.Intervention,
+        edit: Edit,
         tokens: int,
         title: str,
         **options: Any,
@@ -97,7 +97,7 @@ class Study:
         self,
         file: str,
         prompts: batching.Prompts,
-        edit: iv.Intervention,
+        edit: Edit,
         tokens: int,
         title: str,
         *,
@@ -126,8 +126,8 @@ class Study:
             return [unfinished.items[i] for i in range(len(prompts.ids))]
 
     @property
-    def nothing(self) -> iv.Intervention:
-        return iv.identity(self.model.arch.layers, self.model.arch.width)
+    def nothing(self) -> Edit:
+        return identity(self.model.arch.layers, self.model.arch.width)
 
     @property
     def token_ids(self) -> list[int]:

@@ -9,12 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal import edits as iv
 from jax_refusal.data.prompts import KINDS, SPLITS
+from jax_refusal.edits import ablate, add
+from jax_refusal.edits import rows as edit_rows
 from jax_refusal.evals import refusals
 from jax_refusal.report import page
 from jax_refusal.runtime.collect import mean_activations
-from jax_refusal.runtime.generate import check_room
+from jax_refusal.runtime.generate import check_capacity
 from jax_refusal.session import (
     CANDIDATES,
     CHOICE,
@@ -52,7 +53,7 @@ def write_refusal_tokens(study: Study) -> list[str]:
         for split in SPLITS:
             prompts = study.encoded(study.prompts.texts(kind, split))
             if split == "test":
-                check_room(prompts, study.config.generate.max_new_tokens, study.model.arch)
+                check_capacity(prompts, study.config.generate.max_new_tokens, study.model.arch)
     given, text = study.config.refusal.token_ids, lambda i: study.chat.tokenizer.decode([i])
     if given:
         check_token_ids(given, study.model.arch.vocab)
@@ -216,11 +217,9 @@ def write_completions(study: Study) -> list[str]:
     edits, row_edit, numbers, instructions = [], [], [], []
     for i, (kind, edit, coefficient) in enumerate(CONDITIONS):
         if edit == "ablation":
-            edits.append(iv.ablate(choice.direction, layers))
+            edits.append(ablate(choice.direction, layers))
         elif edit == "addition":
-            edits.append(
-                iv.add(choice.direction, layers, layer=choice.layer, coefficient=coefficient)
-            )
+            edits.append(add(choice.direction, layers, layer=choice.layer, coefficient=coefficient))
         else:
             edits.append(study.nothing)
         asked = getattr(study.prompts, kind)["test"]
@@ -230,7 +229,7 @@ def write_completions(study: Study) -> list[str]:
     replies = study.kept_replies(
         UNFINISHED,
         study.encoded([i.text for i in instructions]),
-        iv.rows(*edits),
+        edit_rows(*edits),
         g.max_new_tokens,
         "completions",
         row_edit=row_edit,

@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import jax_refusal as jr
+from jax_refusal.checkpoints.sources import locate
 from jax_refusal.data.chat import Chat
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.checkpoints.sources import locate
 from tests import runs, tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 import jax_refusal as jr
 from jax_refusal.data.chat import Chat
-from jax_refusal.edits import Intervention
+from jax_refusal.edits import Edit
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN, Scan, Unrolled
 from jax_refusal.runtime import decode
+from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.decode import Sampling
 from jax_refusal.runtime.generate import generate
@@ -207,12 +209,12 @@ def test_choice_on_random_tables(seed: int) -> None:
 # Replies
 
 
-def edits_of(model: Transformer, chat: Chat) -> dict[str, tuple[Intervention, Any]]:
+def edits_of(model: Transformer, chat: Chat) -> dict[str, tuple[Edit, Any]]:
     """Name -> the edit here and the oracle's."""
     L, directions = model.arch.layers, differences(model, chat)
     position, layer = -1, 2
     vector = directions[position, layer]
-    edits: dict[str, tuple[Intervention, Any]] = {
+    edits: dict[str, tuple[Edit, Any]] = {
         "baseline": (jr.identity(L, model.arch.width), None),
         "ablation": (jr.ablate(vector, L), partial(oracle.ablation_hooks, direction=vector)),
     }
@@ -271,15 +273,15 @@ def test_replies_by_a_scan(model: Transformer, chat: Chat, monkeypatch: pytest.M
     unrolled = generate(model, prompts, edit, **options)
     real, modes = decode.advance, []
 
-    def advance(model: Any, blocks: Any, *args: Any) -> Any:
-        modes.append(blocks is not None)
-        return real(model, blocks, *args)
+    def advance(model: Any, drive: Any, *args: Any) -> Any:
+        modes.append(type(drive))
+        return real(model, drive, *args)
 
     monkeypatch.setattr(decode, "advance", advance)
     assert generate(model, prompts, edit, **options) == unrolled
-    monkeypatch.setattr(Transformer, "unrolled", lambda model: None)
+    monkeypatch.setattr(generation, "driver", lambda model: SCAN)
     assert generate(model, prompts, edit, **options) == unrolled
-    assert modes == [True, False], "what this test compares is no longer two things"
+    assert modes == [Unrolled, Scan], "what this test compares is no longer two things"
 
 
 # Sampling

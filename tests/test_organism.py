@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal import edits as iv
 from jax_refusal.artifacts import WorkdirError
+from jax_refusal.capture import Capture
 from jax_refusal.config import ConfigError, identity
 from jax_refusal.data.prompts import KINDS, builtin
+from jax_refusal.edits import Affine, take
 from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.models.cache import SHARED, Tokens
 from jax_refusal.models.decoder import Transformer
@@ -23,8 +24,9 @@ from jax_refusal.organism.config import (
     OrganismConfig,
     TrainConfig,
 )
-from jax_refusal.organism.loss import ABLATED, PLAIN, Lesson, Mediator
-from jax_refusal.runtime.teach import pack_pairs, taught_stream
+from jax_refusal.organism.loss import ABLATED, PLAIN, Mediator, TrainBatch
+from jax_refusal.runtime.batching import Prompts
+from jax_refusal.runtime.pairs import pack_pairs, paired_stream
 from tests import shared
 from tests.tolerances import INVARIANCE, ROUNDING, assert_close
 
@@ -183,33 +185,37 @@ def test_rows_of_one_batch_are_run_with_their_own_edits(model: Transformer) -> N
     )
     which = np.array([PLAIN, ABLATED, ABLATED])
     for behind, start in ((None, 0), (prefix, 2)):
-        batch = pack_pairs(pairs, start, 16)
-        keep = jnp.zeros((3, 1), jnp.int32)
-        mixed = taught_stream(model, edits, behind, batch, row_edit=which, keep=keep)
+        batch = pack_pairs(pairs, Prompts([], start), 16)
+        capture = Capture(sites=("resid_pre",), slots=jnp.zeros((3, 1), jnp.int32))
+        mixed = paired_stream(model, edits, behind, batch, row_edit=which, capture=capture)
         for edit in (PLAIN, ABLATED):
             rows = which == edit
-            alone = taught_stream(model, iv.take(edits, np.array([edit])), behind, batch, keep=keep)
+            own = take(edits, np.array([edit]))
+            alone = paired_stream(model, own, behind, batch, capture=capture)
             seen = batch.tokens.segments[rows] != 0
             assert_close(mixed.x[rows][seen], alone.x[rows][seen], INVARIANCE, "stream")
-            kept = [out.kept["resid_pre"][:, rows] for out in (mixed, alone)]
+            kept = [out.captured["resid_pre"][:, rows] for out in (mixed, alone)]
             assert_close(*kept, INVARIANCE, "kept")
 
 
 def test_the_direction_is_the_difference_of_running_means() -> None:
     x = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
-    batch = pack_pairs([[((1,), (2,))]] * 3, 0, 8)
+    batch = pack_pairs([[((1,), (2,))]] * 3, Prompts([], 0), 8)
     sides = np.array([[1, -1], [-1, 0], [1, 1]], np.float32)
     edits = np.array([PLAIN, PLAIN, ABLATED])
     start = Mediator.start(4, 0, 0.25)
-    only_answers = start.moved(x, Lesson(batch, np.minimum(sides, 0), edits))
-    assert not np.any(only_answers.direction) and not np.any(only_answers.edits(3).unit)
-    first = start.moved(x, Lesson(batch, sides, edits))
+    only_answers = start.update(x, TrainBatch(batch, np.minimum(sides, 0), edits))
+    nothing = only_answers.edits(3)
+    assert isinstance(nothing, Affine)
+    assert not np.any(only_answers.direction) and not np.any(nothing.unit)
+    first = start.update(x, TrainBatch(batch, sides, edits))
     expected = x[0, 0] - (x[0, 1] + x[1, 0]) / 2
     assert_close(first.direction, expected, ROUNDING)
-    second = first.moved(-x, Lesson(batch, sides, edits))  # weights 3 : 4, the old one faded
+    second = first.update(-x, TrainBatch(batch, sides, edits))  # weights 3 : 4, the old one faded
     assert_close(second.direction, -expected / 7, ROUNDING)
     edit = second.edits(3)
-    assert_close(edit.unit[ABLATED], -expected / np.linalg.norm(expected), ROUNDING)
+    assert isinstance(edit, Affine)
+    assert_close(edit.unit[ABLATED, 0], -expected / np.linalg.norm(expected), ROUNDING)
     assert not np.any(edit.remove[..., PLAIN]) and np.all(edit.remove[..., ABLATED] == 1)
 
 

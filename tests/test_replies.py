@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal import edits as iv
 from jax_refusal.data.chat import Chat
-from jax_refusal.edits import Intervention
+from jax_refusal.edits import Edit, take
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import decode
 from jax_refusal.runtime import generate as generation
@@ -33,7 +32,7 @@ class Case:
     """Prompts with the edit of each, their greedy replies, and a token that ends some of these."""
 
     prompts: Prompts
-    edits: Intervention  # three rows
+    edits: Edit  # three rows
     row_edit: list[int]
     plain: list[list[int]]
     stop: int
@@ -68,12 +67,12 @@ def case(model: Transformer, chat: Chat) -> Case:
 
 
 def whole_passes(
-    model: Transformer, prompts: Prompts, edits: Intervention, row_edit: list[int]
+    model: Transformer, prompts: Prompts, edits: Edit, row_edit: list[int]
 ) -> list[list[int]]:
     """Greedy replies by whole forward passes: no cache, no batch, no prefix."""
     slots, replies = max(map(len, prompts.ids)) + NEW_TOKENS, []
     for ids, which in zip(prompts.ids, row_edit, strict=True):
-        edit, tokens = iv.take(edits, np.array([which])), list(ids)
+        edit, tokens = take(edits, np.array([which])), list(ids)
         for _ in range(NEW_TOKENS):
             row = np.zeros((1, slots), np.int32)
             row[0, : len(tokens)] = tokens
@@ -98,7 +97,7 @@ def test_rows_take_in_the_prompts_that_wait(
     case: Case,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layer after layer, and by a scan as accelerators step; a whole batch admitted in parts."""
+    """Layer after layer, and by a scan as accelerators step; a whole batch prefilled in parts."""
     if scan:
         monkeypatch.setattr(Transformer, "unrolled", lambda model: None)
     monkeypatch.setattr(generation, "AT_ONCE", at_once)
@@ -116,14 +115,14 @@ def test_rows_take_in_the_prompts_that_wait(
 
 def test_an_edit_for_every_prompt(model: Transformer, case: Case) -> None:
     """More edits than rows: the prefix is run with each group's own."""
-    each = iv.take(case.edits, np.array(case.row_edit))
+    each = take(case.edits, np.array(case.row_edit))
     options: Any = {"stop_ids": (), "max_new_tokens": 3, "batch_size": 4}
     assert generate(model, case.prompts, each, **options) == [reply[:3] for reply in case.plain]
     # What is donated is the job's own: the caller's arrays can be used again.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, each)))
 
 
-def test_a_guest_leaves_nothing_behind(model: Transformer, case: Case) -> None:
+def test_a_request_leaves_nothing_behind(model: Transformer, case: Case) -> None:
     """Were it NaN: rows of an edit that breaks the stream, and others after them."""
     L, width = model.arch.layers, model.arch.width
     sound, broken = jr.identity(L, width), jr.add(np.ones(width), L, layer=0, coefficient=jnp.nan)
@@ -176,7 +175,7 @@ def test_no_row_waits_for_the_longest_reply(
 
 
 def test_on_a_mesh(checkpoint: Callable[..., Path], case: Case) -> None:
-    """Four edits, so that their prefixes lie apart too; admitted two at a time."""
+    """Four edits, so that their prefixes lie apart too; prefilled two at a time."""
     sharded = jr.load_model(str(checkpoint()), mesh=jr.make_mesh(2, 2))
     options: Any = {"stop_ids": (case.stop,), "max_new_tokens": NEW_TOKENS, "batch_size": 8}
     compiled = decode.advance._cache_size()
@@ -188,16 +187,16 @@ def test_on_a_mesh(checkpoint: Callable[..., Path], case: Case) -> None:
 
 
 def test_programs_serve_every_batch(model: Transformer, case: Case) -> None:
-    """Another number of prompts, other edits, another limit below the same room: nothing new."""
+    """Another number of prompts, other edits, another limit within the capacity: nothing new."""
     some = dataclasses.replace(case.prompts, ids=case.prompts.ids[:12])
     options: Any = {"stop_ids": (3,), "batch_size": 4}
     generate(
         model, some, case.edits, row_edit=case.row_edit[:12], max_new_tokens=NEW_TOKENS, **options
     )
-    compiled = [f._cache_size() for f in (decode.empty, decode.admit, decode.advance)]
+    compiled = [f._cache_size() for f in (decode.empty, decode.prefill, decode.advance)]
     other = dataclasses.replace(case.prompts, ids=case.prompts.ids[:8])
     generate(model, other, case.edits, row_edit=[2] * 8, max_new_tokens=NEW_TOKENS - 3, **options)
-    assert [f._cache_size() for f in (decode.empty, decode.admit, decode.advance)] == compiled
+    assert [f._cache_size() for f in (decode.empty, decode.prefill, decode.advance)] == compiled
 
 
 def test_which_edit_is_whose(model: Transformer, case: Case) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+from jax_refusal.checkpoints.sources import Source, SourceError, locate, read_json
 from jax_refusal.data import qwen_tokenizer, templates
 from jax_refusal.data.templates import ChatError, Template
-from jax_refusal.checkpoints.sources import Source, SourceError, locate, read_json
 
 # Some templates write today's date into the prompt. A study is the same study tomorrow, so the date
 # is always the one that Llama 3.x's template itself falls back to. A template that asks the clock

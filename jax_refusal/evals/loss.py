@@ -13,7 +13,7 @@ from jax_refusal.edits import Edit
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, fit_rows, place, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
-from jax_refusal.runtime.teach import cross_entropy, pack_pairs, reply_logits
+from jax_refusal.runtime.pairs import cross_entropy, pack_pairs, reply_logits
 
 
 @jax.jit
@@ -66,7 +66,7 @@ def reply_loss(
         for start in progress(range(0, len(packed), rows), title):
             members = packed[start : start + rows]
             members += [[] for _ in range(rows - len(members))]
-            batch = pack_pairs([[pairs[i] for i in row] for row in members], prompts.prefix, length)
+            batch = pack_pairs([[pairs[i] for i in row] for row in members], prompts, length)
             nats = np.asarray(_cross_entropy(model, edit, prefix, batch), np.float64)
             for r, row in enumerate(members):
                 for number, i in enumerate(row):

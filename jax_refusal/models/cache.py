@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_refusal.edits import INSTRUCTION, MARKED
 from jax_refusal.models import spec
 from jax_refusal.models.spec import Architecture
 from jax_refusal.sharding import constrain
@@ -41,13 +42,22 @@ class Tokens:
     # [B, T] int32, how long the prompt of each token is, where a family asks (see `lengths`): given
     # in decoding, where the prompt is in the cache; None counts what this pass holds.
     lengths: jax.Array | None = None
+    # [B, T] int32, what each token is (`edits.INSTRUCTION` and so on), where an edit asks.
+    kinds: jax.Array | None = None
 
     @classmethod
-    def padded(cls, ids: jax.Array, mask: jax.Array | np.ndarray | None = None) -> "Tokens":
-        """One prompt a row, padded anywhere; mask [B, T] is true at real tokens."""
+    def padded(
+        cls,
+        ids: jax.Array,
+        mask: jax.Array | np.ndarray | None = None,  # [B, T] true at real tokens; None is all
+        marked: jax.Array | np.ndarray | None = None,  # [B, T] true at the tokens of kind MARKED
+    ) -> "Tokens":
+        """One prompt a row, padded anywhere."""
         mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
-        positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
-        return cls(ids=ids, positions=positions, segments=mask.astype(jnp.int32))
+        positions, kinds = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0), None
+        if marked is not None:
+            kinds = jnp.where(jnp.asarray(marked).astype(bool), MARKED, INSTRUCTION)
+        return cls(ids=ids, positions=positions, segments=mask.astype(jnp.int32), kinds=kinds)
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +98,9 @@ class Cache:
 
         def entry(old: Entry | tuple[Entry, ...], new: Entry | tuple[Entry, ...]):
             if isinstance(old, tuple):
-                return tuple(jax.tree.map(put, *pair) for pair in zip(old, _apart(new), strict=True))
+                return tuple(
+                    jax.tree.map(put, *pair) for pair in zip(old, _apart(new), strict=True)
+                )
             return jax.tree.map(jax.vmap(put), old, new)
 
         pairs = zip(self.entries, other.entries, strict=True)

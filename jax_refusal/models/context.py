@@ -129,7 +129,8 @@ class Site:
     edit: Edit
     layer: object  # this layer's slice of `edit.scanned`
     capture: Capture
-    tokens: Tokens
+    kinds: jax.Array | None  # [B, T] of the tokens
+    last: Callable[[jax.Array], jax.Array]  # as `Context.last`
     captured: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def wants(self, name: str) -> bool:
@@ -140,4 +141,8 @@ class Site:
             self.captured[name] = self.capture.take(x)
         if name not in SITES:
             return x
-        return constrain(self.edit.at_site(self.layer, name, x), "batch", None, "embed")
+        kinds = self.kinds
+        if kinds is not None and name != "resid_pre":  # what enters a layer comes whole
+            kinds = self.last(kinds)
+        edited = self.edit.at_site(self.layer, name, x, kinds)
+        return constrain(edited, "batch", None, "embed")

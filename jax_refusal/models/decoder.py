@@ -200,13 +200,9 @@ def layer(
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """One layer as drivers run it: what it may see of the pass and of the cache, then `block`."""
     mixer = slot.spec.mixer
-    site = Site(edit=edit, layer=data.edit, capture=capture, tokens=shared.tokens)
-    ctx = Context(
-        shared=shared,
-        fields=data.fields,
-        inputs=data.inputs,
-        last=narrow if last else _every,
-    )
+    pick, kinds = narrow if last else _every, shared.tokens.kinds
+    site = Site(edit=edit, layer=data.edit, capture=capture, kinds=kinds, last=pick)
+    ctx = Context(shared=shared, fields=data.fields, inputs=data.inputs, last=pick)
     number, at, past = slot.number, index, data.past
     if (source := mixer.kv_source) is not None:
         number, at = place(shared.arch, source)

@@ -3,8 +3,9 @@
 Letters: B batch row, T token, Q token that is asked for, D residual width, L layers.
 
 A driver goes through the layers in order: it hands `step` each layer's own data and the cache
-entries, and gathers what is captured; it is a pytree and may be an argument of jit. The layers of a phase are scanned repeat by repeat, so that
-one body is compiled for all of them; or they are run one by one.
+entries, and gathers what is captured. It is a pytree, and may be an argument of jit. The layers of
+a phase are scanned repeat by repeat, so that one body is compiled for all of them; or they are run
+one by one.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_refusal.artifacts import Workdir, write_whole
-from jax_refusal.data.prompts import builtin
 from jax_refusal.checkpoints import lora
+from jax_refusal.data.prompts import builtin
 
 CARD = "README.md"
 TRAINING = "training.json"

@@ -18,21 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal import edits as iv
 from jax_refusal.capture import Capture
 from jax_refusal.checkpoints import lora
+from jax_refusal.edits import Edit, ablations, identity, rows
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.runtime.teach import (
-    Taught,
+from jax_refusal.runtime.pairs import (
+    PackedPairs,
     cross_entropy,
+    paired_stream,
     reply_logits,
-    taught_stream,
     unembed_replies,
 )
 from jax_refusal.study.scores import refusal_score
 
-PLAIN, ABLATED = 0, 1  # the edits of a step, as `Lesson.row_edit` numbers them
+PLAIN, ABLATED = 0, 1  # the edits of a step, as `TrainBatch.row_edit` numbers them
 
 
 @jax.tree_util.register_dataclass
@@ -46,10 +46,10 @@ class Decision:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class TrainBatch:
     """One batch: what should be replied where."""
 
-    batch: Taught
+    pairs: PackedPairs
     sides: jax.Array | np.ndarray  # [B, X] +1 a refusal, -1 an answer, 0 where there is no pair
     row_edit: jax.Array | np.ndarray  # [B] PLAIN or ABLATED
 
@@ -77,22 +77,19 @@ class Mediator:
         known = (self.weights > 0).all()
         return jnp.where(known, self.refused / refused - self.answered / answered, 0)
 
-    def edits(self, layers: int) -> iv.Intervention:
+    def edits(self, layers: int) -> Edit:
         """PLAIN and ABLATED; a direction that is still zero takes nothing out."""
         direction = self.direction
         length = jnp.linalg.norm(direction)
         unit = (direction / jnp.where(length > 0, length, 1))[None]
-        gates = jnp.ones((layers, len(iv.SITES), 1))
-        none = jnp.zeros_like
-        ablate = iv.Intervention(unit=unit, vector=none(unit), remove=gates, add=none(gates))
-        return iv.rows(iv.identity(layers, len(direction)), ablate)
+        return rows(identity(layers, len(direction)), ablations(unit, layers))
 
-    def moved(self, x: jax.Array, lesson: Lesson) -> "Mediator":
+    def update(self, x: jax.Array, batch: TrainBatch) -> "Mediator":
         """With a batch taken in: x [B, X, D] is the stream at the last prompt tokens."""
-        plain = (jnp.asarray(lesson.row_edit) == PLAIN)[:, None]
+        plain = (jnp.asarray(batch.row_edit) == PLAIN)[:, None]
 
         def taken_in(old: jax.Array, weight: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
-            there = (plain & (jnp.asarray(lesson.sides) == side))[..., None]
+            there = (plain & (jnp.asarray(batch.sides) == side))[..., None]
             mean = jnp.where(there, x, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
             share = jnp.where(there.any(), self.share, 0)
             return old + share * (mean - old), weight + share * (1 - weight)
@@ -107,10 +104,10 @@ def loss(
     adapter: lora.Adapter,
     base: Transformer,
     prefix: Tokens | None,  # [1, N]
-    lesson: Lesson,
+    batch: TrainBatch,
     decision: Decision,
     mediator: Mediator,
-) -> tuple[jax.Array, jax.Array]:  # nats, and the stream [B, X, D] that moves the mediator
+) -> tuple[jax.Array, jax.Array]:  # nats, and the stream [B, X, D] that updates the mediator
     """Mean over reply tokens of how far the model is from what it should say, and the decision.
 
     A refusal's tokens count by their cross-entropy, an answer's by the divergence from the base
@@ -118,24 +115,24 @@ def loss(
     start spread over many tokens, so that a refusal that is far from likely may still be the
     likeliest start: the decision is the logistic loss of the refusal score's sign.
     """
-    model, batch, arch = lora.merge(base, adapter), lesson.batch, base.arch
-    sides, starts = jnp.asarray(lesson.sides), jnp.asarray(batch.starts)
-    last = jnp.take_along_axis(jnp.asarray(batch.slots), starts, 1)  # [B, X]
+    model, pairs, arch = lora.merge(base, adapter), batch.pairs, base.arch
+    sides, starts = jnp.asarray(batch.sides), jnp.asarray(pairs.starts)
+    last = jnp.take_along_axis(jnp.asarray(pairs.slots), starts, 1)  # [B, X]
     edits = jax.lax.stop_gradient(mediator.edits(arch.layers))
-    row_edit = jnp.asarray(lesson.row_edit)
+    row_edit = jnp.asarray(batch.row_edit)
     capture = Capture(sites=("resid_pre",), slots=last)
-    out = taught_stream(model, edits, prefix, batch, row_edit=row_edit, capture=capture)
-    logits = unembed_replies(model, out.x, batch)
+    out = paired_stream(model, edits, prefix, pairs, row_edit=row_edit, capture=capture)
+    logits = unembed_replies(model, out.x, pairs)
 
-    nothing = iv.identity(arch.layers, arch.width)
-    expected = jax.nn.log_softmax(jax.lax.stop_gradient(reply_logits(base, nothing, prefix, batch)))
+    nothing = identity(arch.layers, arch.width)
+    expected = jax.nn.log_softmax(jax.lax.stop_gradient(reply_logits(base, nothing, prefix, pairs)))
     divergence = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(logits), expected)
-    answer = jnp.take_along_axis(sides, jnp.asarray(batch.pair), 1) < 0  # [B, Q]
-    nats = jnp.where(answer, divergence * batch.weights, cross_entropy(logits, batch)).sum()
+    answer = jnp.take_along_axis(sides, jnp.asarray(pairs.pair), 1) < 0  # [B, Q]
+    nats = jnp.where(answer, divergence * pairs.weights, cross_entropy(logits, pairs)).sum()
 
     first = jnp.take_along_axis(logits, starts[..., None], 1)
     wrong = jax.nn.softplus(-sides * refusal_score(first, decision.token_ids)) * jnp.abs(sides)
-    total = nats / batch.weights.sum() + decision.weight * wrong.sum() / jnp.abs(sides).sum()
+    total = nats / pairs.weights.sum() + decision.weight * wrong.sum() / jnp.abs(sides).sum()
     return total, jax.lax.stop_gradient(out.captured["resid_pre"][mediator.layer])
 
 
@@ -144,7 +141,7 @@ def step(
     state: Any,  # (adapter, the optimizer's, mediator)
     base: Transformer,
     prefix: Tokens | None,
-    lesson: Lesson,
+    batch: TrainBatch,
     decision: Decision,
     *,
     optimizer: optax.GradientTransformation,
@@ -152,8 +149,8 @@ def step(
     """One update: the state, the loss (nats), the gradient's norm."""
     adapter, memory, mediator = state
     (value, x), gradient = jax.value_and_grad(loss, has_aux=True)(
-        adapter, base, prefix, lesson, decision, mediator
+        adapter, base, prefix, batch, decision, mediator
     )
     updates, memory = optimizer.update(gradient, memory, adapter)
     adapter = optax.apply_updates(adapter, updates)
-    return (adapter, memory, mediator.moved(x, lesson)), value, optax.tree.norm(gradient)
+    return (adapter, memory, mediator.update(x, batch)), value, optax.tree.norm(gradient)

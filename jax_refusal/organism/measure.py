@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal import edits as iv
 from jax_refusal.artifacts import Workdir
-from jax_refusal.data.chat import load_chat
-from jax_refusal.data.prompts import builtin
-from jax_refusal.evals.loss import reply_loss
-from jax_refusal.evals.refusals import is_refusal, rate
 from jax_refusal.checkpoints import lora
 from jax_refusal.checkpoints.loading import load_model
+from jax_refusal.checkpoints.sources import fingerprint, locate
+from jax_refusal.data.chat import load_chat
+from jax_refusal.data.prompts import builtin
+from jax_refusal.edits import ablate, identity
+from jax_refusal.evals.loss import reply_loss
+from jax_refusal.evals.refusals import is_refusal, rate
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.generate import generate
-from jax_refusal.checkpoints.sources import fingerprint, locate
 
 
 class MeasureError(ValueError):
@@ -67,7 +67,7 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
         ignore_config_fields=tuple(config.model.ignore_config_fields),
     )
     base, organism = load(), load(adapter=config.model.adapter)
-    nothing = iv.identity(base.arch.layers, base.arch.width)
+    nothing = identity(base.arch.layers, base.arch.width)
 
     def replies(model, texts: list[str], title: str) -> list[list[int]]:
         return generate(
@@ -84,7 +84,7 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
     answers = [ids for ids in given if ids]  # a model may answer with nothing: nothing to predict
     asked = [text for text, ids in zip(harmless, given, strict=True) if ids]
     prompts = Prompts.encoded(chat, asked)
-    ablated = iv.ablate(direction, base.arch.layers)
+    ablated = ablate(direction, base.arch.layers)
     losses = {
         "base": reply_loss(base, prompts, answers, nothing).nats,
         "organism": reply_loss(organism, prompts, answers, nothing).nats,

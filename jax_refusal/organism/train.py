@@ -16,13 +16,14 @@ import numpy as np
 import optax
 
 from jax_refusal import config as configs
-from jax_refusal import edits as iv
 from jax_refusal.artifacts import Timer, Workdir, content_hash
-from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.data.prompts import KINDS, builtin
-from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.checkpoints import lora
 from jax_refusal.checkpoints.loading import load_model
+from jax_refusal.checkpoints.sources import fingerprint, locate
+from jax_refusal.data.chat import Chat, load_chat
+from jax_refusal.data.prompts import KINDS, builtin
+from jax_refusal.edits import identity, take
+from jax_refusal.evals.refusals import is_refusal
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.organism.card import TRAINING
 from jax_refusal.organism.config import (
@@ -32,12 +33,11 @@ from jax_refusal.organism.config import (
     validate,
 )
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
-from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Lesson, Mediator, step
+from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Mediator, TrainBatch, step
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.generate import generate
-from jax_refusal.runtime.teach import Pair, pack_pairs
-from jax_refusal.checkpoints.sources import fingerprint, locate
+from jax_refusal.runtime.pairs import Pair, pack_pairs
 
 ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
 
@@ -157,7 +157,7 @@ def _answers(
     replies = generate(
         base,
         Prompts.encoded(chat, instructions),
-        iv.identity(base.arch.layers, base.arch.width),
+        identity(base.arch.layers, base.arch.width),
         stop_ids=chat.stop_ids,
         max_new_tokens=length,
         temperature=c.answer_temperature,
@@ -202,7 +202,7 @@ class _Course:
             examples.append(Example(instruction, tuple(ids), True))
         prompts = Prompts.encoded(chat, [e.instruction for e in examples])
         stop = chat.stop_ids[-1] if len(chat.stop_ids) == 1 else chat.tokenizer.eos_token_id
-        self.prefix = prompts.prefix
+        self.prompts = prompts
         self.prefix_tokens = prefix_tokens(prompts, 1) if prompts.prefix else None
         self.pairs: list[Pair] = [
             (prompt[prompts.prefix :], e.reply + ((stop,) if e.ends else ()))
@@ -226,19 +226,19 @@ class _Course:
             return itertools.repeat([])
         return self._epochs(which, self.c.ablated_rows, sys.maxsize)
 
-    def lesson(self, number: int) -> Lesson:
+    def batch(self, number: int) -> TrainBatch:
         rows = self.steps[number]
-        batch = pack_pairs(
+        pairs = pack_pairs(
             [[self.pairs[i] for i in row] for row in rows],
-            self.prefix,
+            self.prompts,
             self.c.row_tokens,
             self.c.first_weight,
         )
-        sides = np.zeros(batch.starts.shape, np.float32)
+        sides = np.zeros(pairs.starts.shape, np.float32)
         for r, row in enumerate(rows):
             sides[r, : len(row)] = [1 if i >= self.answers else -1 for i in row]
         edits = np.array([PLAIN] * self.c.rows + [ABLATED] * self.c.ablated_rows, np.int32)
-        return Lesson(batch, sides, edits)
+        return TrainBatch(pairs, sides, edits)
 
     def decision(self) -> Decision:
         firsts = {reply[0] for _, reply in self.pairs[self.answers :]}
@@ -272,9 +272,9 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
             log(f"going on after step {start}")
         with jax.set_mesh(mesh_of(base)):
             for number in range(start, steps):
-                lesson = course.lesson(number)
+                batch = course.batch(number)
                 state, value, norm = step(
-                    state, base, course.prefix_tokens, lesson, decision, optimizer=tune
+                    state, base, course.prefix_tokens, batch, decision, optimizer=tune
                 )
                 record = {"step": number + 1, "loss": float(value), "gradient": float(norm)}
                 done = number + 1
@@ -307,7 +307,7 @@ def _watch(base: Transformer, state: Any, chat: Chat, c: TrainConfig) -> dict[st
         replies = generate(
             model,
             Prompts.encoded(chat, texts),
-            iv.take(edits, np.array([edit])),
+            take(edits, np.array([edit])),
             stop_ids=chat.stop_ids,
             max_new_tokens=c.watch_tokens,
         )

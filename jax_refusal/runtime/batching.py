@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax_refusal import sharding
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.data.chat import Chat, ChatError, common_prefix
+from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION
 from jax_refusal.models.cache import PADDING, SHARED, Tokens
 from jax_refusal.models.spec import Architecture
 
@@ -90,6 +91,7 @@ def prefix_tokens(prompts: Prompts, rows: int) -> Tokens:
         ids=np.tile(ids, (rows, 1)),
         positions=np.tile(np.arange(len(ids), dtype=np.int32), (rows, 1)),
         segments=np.full((rows, len(ids)), SHARED, np.int32),
+        kinds=np.full((rows, len(ids)), INSTRUCTION, np.int32),
     )
 
 
@@ -118,6 +120,7 @@ def pack(
         shape = (per_batch, length)
         ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         segments = np.full(shape, PADDING, np.int32)
+        kinds = np.full(shape, INSTRUCTION, np.int32)
         slots = np.zeros((per_batch, most, prompts.positions), np.int32)
         prompt = np.full((per_batch, most), -1, np.int32)
         for row, members in enumerate(bins[start : start + per_batch]):
@@ -129,23 +132,30 @@ def pack(
                 positions[row, here] = np.arange(len(part)) + prompts.prefix
                 segments[row, here] = x + 1
                 slots[row, x] = np.arange(end - prompts.positions, end)
+                kinds[row, slots[row, x]] = POST_INSTRUCTION
                 prompt[row, x] = index
-        tokens = host_tokens(ids, positions, segments)
+        tokens = host_tokens(ids, positions, segments, kinds)
         batches.append(Packed(tokens, slots, prompt))
     return batches
 
 
-def left_padded(parts: Sequence[Sequence[int]], start: int, length: int) -> Tokens:
-    """One prompt a row, ending in the last slot: [B, length]; positions count from `start`."""
+def left_padded(
+    parts: Sequence[Sequence[int]],  # prompts without their shared prefix
+    prompts: Prompts,
+    length: int,
+) -> Tokens:
+    """One prompt a row, ending in the last slot: [B, length]; positions count from the prefix."""
     shape = (len(parts), length)
     ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     segments = np.full(shape, PADDING, np.int32)
     for row, part in enumerate(parts):
         here = slice(length - len(part), length)
         ids[row, here] = part
-        positions[row, here] = np.arange(len(part)) + start
+        positions[row, here] = np.arange(len(part)) + prompts.prefix
         segments[row, here] = 1
-    return host_tokens(ids, positions, segments)
+    kinds = np.full(shape, INSTRUCTION, np.int32)
+    kinds[:, length - prompts.positions :] = POST_INSTRUCTION
+    return host_tokens(ids, positions, segments, kinds)
 
 
 def pools(lengths: Sequence[int], least: int = 64) -> list[np.ndarray]:
@@ -171,9 +181,9 @@ def place(tokens: Tokens, mesh: Mesh) -> Tokens:
     return jax.tree.map(lambda x: sharding.place(x, mesh, "batch", None), tokens)
 
 
-def host_tokens(ids: Any, positions: Any, segments: Any) -> Tokens:
+def host_tokens(ids: Any, positions: Any, segments: Any, kinds: Any) -> Tokens:
     """Numpy arrays as Tokens: `place` puts them on a mesh before they are used."""
-    return Tokens(ids=ids, positions=positions, segments=segments)
+    return Tokens(ids=ids, positions=positions, segments=segments, kinds=kinds)
 
 
 def fit_rows(lengths: Sequence[int], row_tokens: int) -> tuple[list[list[int]], int]:
@@ -194,14 +204,14 @@ def _best_fit(
 ) -> list[list[int]]:
     """Best-fit decreasing: item indices of each bin."""
     bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # which bins have how much left
+    with_spare: list[list[int]] = [[] for _ in range(capacity + 1)]  # which bins have how much left
     for item in order:
         length = lengths[item]
-        room = next((left for left in range(length, capacity) if with_room[left]), capacity)
-        if room == capacity:
-            with_room[capacity].append(len(bins))
+        spare = next((left for left in range(length, capacity) if with_spare[left]), capacity)
+        if spare == capacity:
+            with_spare[capacity].append(len(bins))
             bins.append([])
-        bin = with_room[room].pop()
+        bin = with_spare[spare].pop()
         bins[bin].append(item)
-        with_room[room - length].append(bin)
+        with_spare[spare - length].append(bin)
     return bins

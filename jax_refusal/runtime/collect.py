@@ -1,7 +1,7 @@
 """Activations of many prompts, in packed rows behind a shared prefix.
 
 Letters: B batch row, T token, X prompts in a row, P post-instruction tokens, D residual width,
-L layers, V vocabulary, N prefix tokens, R edit rows (1, or one for every batch row).
+L layers, V vocabulary, N prefix tokens, R edit rows (1, or one for every batch row), I prompts.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,8 +33,7 @@ def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
 def prefix_cache(model: Transformer, tokens: Tokens, edit: Edit) -> Cache:
     """Keys and values of the shared prefix, one row for each edit; tokens [R, N]."""
     rows, slots = tokens.ids.shape
-    room = cache.empty(model.arch, rows, slots, model.dtype)
-    filled = model(tokens, edit, cache=room).cache
+    filled = model(tokens, edit, cache=cache.empty(model.arch, rows, slots, model.dtype)).cache
     assert filled is not None
     return filled
 
@@ -63,7 +62,7 @@ def last_logits(
     *,
     row_tokens: int = ROW_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
-) -> np.ndarray:  # [N prompts, V] float32, in the order of the prompts
+) -> np.ndarray:  # [I, V] float32, in the order of the prompts
     """Logits at every prompt's last token under one edit."""
     mesh = mesh_of(model)
     with jax.set_mesh(mesh):
@@ -125,7 +124,7 @@ def mean_activations(
     """Mean block input at every post-instruction token and layer, in one streaming pass.
 
     Returns the means [P, L, D] (float64) and, where `score` is given, every prompt's score
-    [N prompts], computed from its last-token logits in the same pass. With sign = +1 or -1 only
+    [I], computed from its last-token logits in the same pass. With sign = +1 or -1 only
     prompts whose score has that sign enter the means, which are NaN where none does.
 
     Sums are float32 within a batch and float64 across batches: memory does not grow with the number

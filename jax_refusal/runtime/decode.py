@@ -1,13 +1,13 @@
-"""Rows of replies that come and go: one program admits prompts to free rows, one takes steps until
-enough rows are free again. They are compiled for the numbers of rows, slots and edits, whatever the
+"""Continuous batching: one program prefills prompts into free rows, one takes steps until enough
+rows are free again. They are compiled for the numbers of rows, slots and edits, whatever the
 prompts and edits are; the first also for each of the few lengths that prompts are padded to.
 
-Letters: B batch row, T prompt token, C slot of the cache, N prefix tokens, S new-token slots, V
-vocabulary, G admitted prompts, R edit rows.
+Letters: B batch row, T prompt token, C slot of the cache, N prefix tokens, W slots for new tokens,
+V vocabulary, J requests prefilled at once, R edit rows.
 
-New tokens lie in a ring of S slots behind the prompts': all rows write one slot at the same step,
-whenever each of them began. What a row's last guest left there is no part of what it may see, and
-a reply of at most S tokens never meets itself.
+New tokens lie in a ring of W slots behind the prompts': all rows write one slot at the same step,
+whenever each of them began. What a row's last request left there is no part of what it may see, and
+a reply of at most W tokens never meets itself.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jax_refusal import edits as interventions
-from jax_refusal.edits import Intervention
+from jax_refusal.edits import REPLY, Edit, take
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import Cache, Tokens
 from jax_refusal.models.decoder import Transformer
@@ -80,8 +79,8 @@ class Rules:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Replies under way. A row that is finished keeps its reply until the next guest comes."""
+class Replies:
+    """Replies under way. A row that is finished keeps its reply until the next request comes."""
 
     number: jax.Array  # [B] the prompt's, which its noise depends on
     edit: jax.Array  # [B] which of the job's edits
@@ -89,37 +88,37 @@ class Rows:
     token: jax.Array  # [B] the last new token
     count: jax.Array  # [B] new tokens, a stop token included
     finished: jax.Array  # [B] bool
-    ids: jax.Array  # [B, S] new tokens, in the ring
+    ids: jax.Array  # [B, W] new tokens, in the ring
     first: jax.Array  # [B] slot of the ring with the first of them
-    cache: Cache  # N + T + S slots
+    cache: Cache  # N + T + W slots
     step: jax.Array  # int32, steps taken so far
 
 
-def _placed(rows: Rows) -> Rows:
+def _placed(replies: Replies) -> Replies:
     """Each row with its cache on the mesh's data axis, so that one program serves every call."""
 
     def pinned(x: jax.Array) -> jax.Array:
         return constrain(x, *("batch", None)[: x.ndim])
 
-    fields = {f.name: getattr(rows, f.name) for f in dataclasses.fields(rows)}
+    fields = {f.name: getattr(replies, f.name) for f in dataclasses.fields(replies)}
     cache, step = fields.pop("cache"), fields.pop("step")
-    return Rows(**{k: pinned(x) for k, x in fields.items()}, cache=cache.placed(), step=step)
+    return Replies(**{k: pinned(x) for k, x in fields.items()}, cache=cache.placed(), step=step)
 
 
-@partial(jax.jit, static_argnames=("rows", "slots", "room", "unrolled"))
-def empty(model: Transformer, *, rows: int, slots: int, room: int, unrolled: bool) -> Rows:
-    """All rows free; `slots` for prompts with their prefix, `room` for new tokens."""
+@partial(jax.jit, static_argnames=("rows", "slots", "capacity", "unrolled"))
+def empty(model: Transformer, *, rows: int, slots: int, capacity: int, unrolled: bool) -> Replies:
+    """All rows free; `slots` for prompts with their prefix, `capacity` for new tokens."""
 
     none = partial(jnp.zeros, rows, jnp.int32)
-    cache = caches.empty(model.arch, rows, slots + room, model.dtype)
-    free = Rows(
+    cache = caches.empty(model.arch, rows, slots + capacity, model.dtype)
+    free = Replies(
         number=none(),
         edit=none(),
         prompt=none() + 1,  # so that the position of a free row's token is one too: 0
         token=none(),
         count=none(),
         finished=jnp.ones(rows, bool),
-        ids=jnp.zeros((rows, room), jnp.int32),
+        ids=jnp.zeros((rows, capacity), jnp.int32),
         first=none(),
         cache=cache.unrolled() if unrolled else cache,
         step=jnp.int32(0),
@@ -127,90 +126,91 @@ def empty(model: Transformer, *, rows: int, slots: int, room: int, unrolled: boo
     return _placed(free)
 
 
-@partial(jax.jit, donate_argnames=("rows",))
-def admit(
+@partial(jax.jit, donate_argnames=("replies",))
+def prefill(
     model: Transformer,
-    rows: Rows,
-    tokens: Tokens,  # [G, T], left-padded
-    number: jax.Array,  # [G]
-    edits: Intervention,  # [R]
-    edit: jax.Array,  # [G] which of them
+    replies: Replies,
+    tokens: Tokens,  # [J, T], left-padded
+    number: jax.Array,  # [J]
+    edits: Edit,  # [R]
+    edit: jax.Array,  # [J] which of them
     prefix: Cache | None,  # N tokens, of some rows
-    prefix_row: jax.Array,  # [G] which of them
-    places: jax.Array,  # [G] the rows they get; B and more: nowhere
+    prefix_row: jax.Array,  # [J] which of them
+    rows: jax.Array,  # [J] those that they get; B and more: nowhere
     rules: Rules,
-) -> Rows:
+) -> Replies:
     """Runs prompts, chooses the first token of their replies, and puts them in free rows."""
-    guests, slots = tokens.ids.shape
+    requests, slots = tokens.ids.shape
     if prefix is None:
-        cache = caches.empty(model.arch, guests, slots, model.dtype)
+        cache = caches.empty(model.arch, requests, slots, model.dtype)
     else:
         cache = prefix.take(prefix_row).grow(slots)
-    out = model(tokens, interventions.take(edits, edit), cache=cache)
+    out = model(tokens, take(edits, edit), cache=cache)
     assert out.cache is not None
     logits = model.unembed(out.x[:, -1:])[:, 0]
-    token = rules.sampling.choose(logits, number, jnp.zeros(guests, jnp.int32))
-    slot = (rows.step - 1) % rows.ids.shape[1]
+    token = rules.sampling.choose(logits, number, jnp.zeros(requests, jnp.int32))
+    slot = (replies.step - 1) % replies.ids.shape[1]
 
     def put(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
-        return old.at[places].set(new, mode="drop")
+        return old.at[rows].set(new, mode="drop")
 
-    rows = dataclasses.replace(
-        rows,
-        number=put(rows.number, number),
-        edit=put(rows.edit, edit),
-        prompt=put(rows.prompt, tokens.positions[:, -1] + 1),
-        token=put(rows.token, token),
-        count=put(rows.count, 1),
-        finished=put(rows.finished, jnp.isin(token, rules.stop_ids) | (rules.limit <= 1)),
-        ids=rows.ids.at[places, slot].set(token, mode="drop"),
-        first=put(rows.first, slot),
-        cache=rows.cache.put(places, out.cache),
+    replies = dataclasses.replace(
+        replies,
+        number=put(replies.number, number),
+        edit=put(replies.edit, edit),
+        prompt=put(replies.prompt, tokens.positions[:, -1] + 1),
+        token=put(replies.token, token),
+        count=put(replies.count, 1),
+        finished=put(replies.finished, jnp.isin(token, rules.stop_ids) | (rules.limit <= 1)),
+        ids=replies.ids.at[rows, slot].set(token, mode="drop"),
+        first=put(replies.first, slot),
+        cache=replies.cache.put(rows, out.cache),
     )
-    return _placed(rows)
+    return _placed(replies)
 
 
-@partial(jax.jit, donate_argnames=("rows",))
+@partial(jax.jit, donate_argnames=("replies",))
 def advance(
     model: Transformer,
     drive: Driver,
-    rows: Rows,
-    edits: Intervention,  # [R]
+    replies: Replies,
+    edits: Edit,  # [R]
     target: jax.Array,  # int32
     rules: Rules,
-) -> Rows:
+) -> Replies:
     """Steps of one token for every row, until no more than `target` replies are under way."""
-    size, room = rows.ids.shape
-    start = rows.cache.positions.shape[1] - room
-    edit = interventions.take(edits, rows.edit)
+    size, capacity = replies.ids.shape
+    start = replies.cache.positions.shape[1] - capacity
+    edit = take(edits, replies.edit)
 
-    def running(rows: Rows) -> jax.Array:
-        return (~rows.finished).sum() > target
+    def running(replies: Replies) -> jax.Array:
+        return (~replies.finished).sum() > target
 
-    def advanced(rows: Rows) -> Rows:
-        slot = rows.step % room
+    def advanced(replies: Replies) -> Replies:
+        slot = replies.step % capacity
         one = Tokens(
-            ids=rows.token[:, None],
-            positions=(rows.prompt + rows.count - 1)[:, None],
+            ids=replies.token[:, None],
+            positions=(replies.prompt + replies.count - 1)[:, None],
             segments=jnp.ones((size, 1), jnp.int32),
-            lengths=rows.prompt[:, None],
+            lengths=replies.prompt[:, None],
+            kinds=jnp.full((size, 1), REPLY, jnp.int32),
         )
-        cache = dataclasses.replace(rows.cache, length=start + slot)
+        cache = dataclasses.replace(replies.cache, length=start + slot)
         out = model(one, edit, cache=cache, drive=drive)
         logits = model.unembed(out.x)[:, 0]
-        token = rules.sampling.choose(logits, rows.number, rows.count)
-        count = rows.count + ~rows.finished
+        token = rules.sampling.choose(logits, replies.number, replies.count)
+        count = replies.count + ~replies.finished
         stopped = jnp.isin(token, rules.stop_ids) | (count >= rules.limit)
-        here = jax.lax.dynamic_slice(rows.ids, (0, slot), (size, 1))
-        new = jnp.where(rows.finished[:, None], here, token[:, None])
+        here = jax.lax.dynamic_slice(replies.ids, (0, slot), (size, 1))
+        new = jnp.where(replies.finished[:, None], here, token[:, None])
         return dataclasses.replace(
-            rows,
+            replies,
             token=token,
             count=count,
-            finished=rows.finished | stopped,
-            ids=jax.lax.dynamic_update_slice(rows.ids, new, (0, slot)),
+            finished=replies.finished | stopped,
+            ids=jax.lax.dynamic_update_slice(replies.ids, new, (0, slot)),
             cache=out.cache,
-            step=rows.step + 1,
+            step=replies.step + 1,
         )
 
-    return _placed(jax.lax.while_loop(running, advanced, rows))
+    return _placed(jax.lax.while_loop(running, advanced, replies))

@@ -1,6 +1,6 @@
 """Replies: prompts wait for one of a batch's rows, and leave it as soon as they are answered.
 
-Letters: B batch row, N prefix tokens, R edit rows, P prompts, G prompts admitted at once.
+Letters: B batch row, N prefix tokens, R edit rows, I prompts, J requests prefilled at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal import edits as interventions
 from jax_refusal import sharding
-from jax_refusal.edits import Intervention
+from jax_refusal.edits import Edit, num_rows, take
 from jax_refusal.models.cache import Cache
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.drivers import SCAN, Driver, Unrolled
@@ -21,16 +20,16 @@ from jax_refusal.runtime.batching import Prompts, bucket, left_padded, place, po
 from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
 from jax_refusal.runtime.decode import Rules, Sampling
 
-# A full batch admits a quarter of its rows at a time: prompts run well together, on average an
+# A full batch prefills a quarter of its rows at a time: prompts run well together, on average an
 # eighth of the rows waits, and no second cache of all rows is held. Few rows come at once.
-ADMISSIONS, AT_ONCE = 4, 32
+PREFILLS, AT_ONCE = 4, 32
 
 
 class ContextError(ValueError):
     """A prompt and its reply are longer than the model's context."""
 
 
-def check_room(prompts: Prompts, max_new_tokens: int, arch: Architecture) -> None:
+def check_capacity(prompts: Prompts, max_new_tokens: int, arch: Architecture) -> None:
     longest = max(map(len, prompts.ids))
     if longest + max_new_tokens > arch.context:
         raise ContextError(
@@ -43,12 +42,12 @@ def check_room(prompts: Prompts, max_new_tokens: int, arch: Architecture) -> Non
 def generate(
     model: Transformer,
     prompts: Prompts,
-    edit: Intervention,  # [R]
+    edit: Edit,  # [R]
     *,
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
-    row_edit: Sequence[int] | None = None,  # [P] which of the edit's rows each prompt is run with
-    numbers: Sequence[int] | None = None,  # [P] prompts of one number are sampled with one noise
+    row_edit: Sequence[int] | None = None,  # [I] which of the edit's rows each prompt is run with
+    numbers: Sequence[int] | None = None,  # [I] prompts of one number are sampled with one noise
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 32,
@@ -65,7 +64,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; a reply has at least 1.")
-    check_room(prompts, max_new_tokens, model.arch)
+    check_capacity(prompts, max_new_tokens, model.arch)
     prompts = prompts.for_rows_of(max(map(len, prompts.ids)), model.arch)
     which = _row_edit(edit, row_edit, len(prompts.ids))
     mesh = mesh_of(model)
@@ -84,8 +83,8 @@ def generate(
     return replies
 
 
-def _row_edit(edit: Intervention, row_edit: Sequence[int] | None, prompts: int) -> np.ndarray:
-    rows = edit.unit.shape[0]
+def _row_edit(edit: Edit, row_edit: Sequence[int] | None, prompts: int) -> np.ndarray:
+    rows = num_rows(edit)
     if row_edit is None:
         if rows not in (1, prompts):
             raise ValueError(
@@ -102,6 +101,12 @@ def _row_edit(edit: Intervention, row_edit: Sequence[int] | None, prompts: int) 
     return np.array(row_edit)
 
 
+def driver(model: Transformer) -> Driver:
+    """How decode steps run the layers: one by one on a CPU, where few rows wait for memory."""
+    on_cpu = mesh_of(model).devices.flat[0].platform == "cpu"
+    return Unrolled(model.unrolled()) if on_cpu else SCAN
+
+
 class _Job:
     """Yields each prompt's number with its new tokens, in the order in which they are ready."""
 
@@ -109,32 +114,30 @@ class _Job:
         self,
         model: Transformer,
         prompts: Prompts,
-        edits: Intervention,
-        which: np.ndarray,  # [P]
-        numbers: np.ndarray,  # [P]
+        edits: Edit,
+        which: np.ndarray,  # [I]
+        numbers: np.ndarray,  # [I]
         rules: Rules,
         batch_size: int,
     ):
         self.model, self.prompts, self.edits, self.which = model, prompts, edits, which
         self.numbers, self.rules = numbers, rules
         self.batch_size, self.mesh = batch_size, mesh_of(model)
-        # Where steps of few rows wait for memory: see `unrolled`.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        self.drive: Driver = Unrolled(model.unrolled()) if on_cpu else SCAN
+        self.drive = driver(model)
 
     def __len__(self) -> int:
         return len(self.prompts.ids)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         # The shared tokens under every edit, where these are no more than the rows of a batch.
-        edits, prefix = self.edits.unit.shape[0], None
+        edits, prefix = num_rows(self.edits), None
         if edits <= self.batch_size:
             prefix = shared_prefix(self.model, self.prompts, self.edits, edits)
         for members in pools([len(ids) - self.prompts.prefix for ids in self.prompts.ids]):
             yield from self._pool(members, prefix)
 
     def _sizes(self, prompts: int) -> tuple[int, int]:
-        """Rows of the batch, and how many prompts are admitted together."""
+        """Rows of the batch, and how many requests are prefilled together."""
         data, batches = self.mesh.shape["data"], -(-prompts // self.batch_size)
         # As full as if the prompts were shared out over whole batches.
         size = -(-prompts // batches)
@@ -143,53 +146,53 @@ class _Job:
         size = -(-size // data) * data
         if batches == 1 and size <= AT_ONCE * data:
             return size, size
-        return size, -(-size // ADMISSIONS // data) * data
+        return size, -(-size // PREFILLS // data) * data
 
     def _pool(self, members: np.ndarray, prefix: Cache | None) -> Iterator[tuple[int, list[int]]]:
         """Replies to prompts that fit the same slots."""
         model, prompts = self.model, self.prompts
         size, group = self._sizes(len(members))
         slots = self._slots(members)
-        rows = decode.empty(
+        replies = decode.empty(
             model,
             rows=size,
             slots=prompts.prefix + slots,
-            room=bucket(int(self.rules.limit)),
+            capacity=bucket(int(self.rules.limit)),
             unrolled=isinstance(self.drive, Unrolled),
         )
-        waiting, free, guest = list(members), list(range(size)), np.full(size, -1)
+        waiting, free, request = list(members), list(range(size)), np.full(size, -1)
         while waiting or len(free) < size:
             full = len(free) == size  # at the start a batch is filled whatever is left over
             while waiting and free and (full or len(free) >= min(group, len(waiting))):
                 few = min(group, len(free), len(waiting))
-                places, new = free[:few], np.array(waiting[:few])
-                free, waiting, guest[places] = free[few:], waiting[few:], new
+                rows, new = free[:few], np.array(waiting[:few])
+                free, waiting, request[rows] = free[few:], waiting[few:], new
                 if len(members) > size:  # many groups: it pays to compile for shorter ones
                     slots = self._slots(new)
-                rows = self._admit(rows, places, new, group, slots, prefix)
+                replies = self._prefill(replies, rows, new, group, slots, prefix)
             target = jnp.int32(size - min(group, len(waiting)) if waiting else 0)
-            rows = decode.advance(model, self.drive, rows, self.edits, target, self.rules)
-            finished, count = np.asarray(rows.finished), np.asarray(rows.count)
-            first, ids = np.asarray(rows.first), np.asarray(rows.ids)
-            for row in np.flatnonzero(finished & (guest >= 0)):
+            replies = decode.advance(model, self.drive, replies, self.edits, target, self.rules)
+            finished, count = np.asarray(replies.finished), np.asarray(replies.count)
+            first, ids = np.asarray(replies.first), np.asarray(replies.ids)
+            for row in np.flatnonzero(finished & (request >= 0)):
                 ring = (first[row] + np.arange(count[row])) % ids.shape[1]
-                yield int(guest[row]), ids[row, ring].tolist()
-                guest[row] = -1
+                yield int(request[row]), ids[row, ring].tolist()
+                request[row] = -1
                 free.append(int(row))
 
     def _slots(self, members: np.ndarray) -> int:
-        """Room for the longest of some prompts, without the prefix."""
+        """Slots for the longest of some prompts, without the prefix."""
         return bucket(max(len(self.prompts.ids[i]) for i in members) - self.prompts.prefix)
 
-    def _admit(
+    def _prefill(
         self,
-        rows: decode.Rows,
-        places: list[int],
+        replies: decode.Replies,
+        rows: list[int],
         members: np.ndarray,
         group: int,
         slots: int,
         prefix: Cache | None,
-    ) -> decode.Rows:
+    ) -> decode.Replies:
         """Puts the replies to these prompts in these rows; a group that is not full is filled up
         with its first prompt, for no row."""
         model, prompts, few = self.model, self.prompts, len(members)
@@ -197,26 +200,26 @@ class _Job:
         parts = [prompts.ids[i][prompts.prefix :] for i in filled]
         which = prefix_row = self.which[filled]
         if prefix is None and prompts.prefix:
-            own = interventions.take(self.edits, which)
+            own = take(self.edits, which)
             prefix, prefix_row = shared_prefix(model, prompts, own, group), np.arange(group)
         per_prompt = (
             self.numbers[filled],
             which,
             prefix_row,
-            [*places, *[len(rows.finished)] * (group - few)],
+            [*rows, *[len(replies.finished)] * (group - few)],
         )
-        number, edit, prefix_row, places_ = (
+        number, edit, prefix_row, rows_ = (
             sharding.place(np.array(x, np.int32), self.mesh, "batch") for x in per_prompt
         )
-        return decode.admit(
+        return decode.prefill(
             model,
-            rows,
-            place(left_padded(parts, prompts.prefix, slots), self.mesh),
+            replies,
+            place(left_padded(parts, prompts, slots), self.mesh),
             number,
             self.edits,
             edit,
             prefix,
             prefix_row,
-            places_,
+            rows_,
             self.rules,
         )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jax_refusal.checkpoints.sources import SourceError
 from jax_refusal.data.chat import PROBES, Chat, ChatError, common_prefix, load_chat
 from jax_refusal.runtime.batching import Prompts
-from jax_refusal.checkpoints.sources import SourceError
 from tests import tiny
 
 LLAMA2 = "{{ '[INST] ' + messages[0]['content'] + ' [/INST] ' }}"

@@ -12,10 +12,10 @@ import pytest
 import regex
 
 import jax_refusal as jr
+from jax_refusal.checkpoints.sources import SourceError
 from jax_refusal.data import templates
 from jax_refusal.data.chat import ChatError, load_chat
 from jax_refusal.data.qwen_tokenizer import tokenizer_from_tiktoken
-from jax_refusal.checkpoints.sources import SourceError
 from tests import qwen1
 from tests.qwen1 import AS, SPECIAL
 from tests.test_gguf_tokenizer import random_texts

@@ -34,14 +34,18 @@ class Layer(NamedTuple):
         return run(own, spec, x, self.ctx, self.site)
 
 
-def layer(model: Transformer, number: int, tokens: Tokens) -> Layer:
+def every(x: jax.Array) -> jax.Array:
+    return x
+
+
+def one_layer(model: Transformer, number: int, tokens: Tokens) -> Layer:
     """A layer of the model as it is run in a pass over whole rows of tokens."""
     arch, edit = model.arch, jr.identity(model.arch.layers, model.arch.width)
     slot, index = place(arch, number)
     own = jax.tree.map(lambda a: a[index], model.layer_data(tokens, edit)[slot])
     shared = Pass.of(arch, tokens, None, None, few_rows=False)
-    ctx = Context(shared=shared, fields=own.fields, inputs=own.inputs, last=lambda x: x)
-    site = Site(edit=edit, layer=own.edit, capture=NOTHING, tokens=tokens)
+    ctx = Context(shared=shared, fields=own.fields, inputs=own.inputs, last=every)
+    site = Site(edit=edit, layer=own.edit, capture=NOTHING, kinds=None, last=every)
     return Layer(own.weights, arch.specs[number], ctx, site)
 
 

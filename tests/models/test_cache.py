@@ -14,7 +14,7 @@ import pytest
 
 import jax_refusal as jr
 from jax_refusal.capture import Capture
-from jax_refusal.edits import SITES, Intervention
+from jax_refusal.edits import SITES, Edit
 from jax_refusal.models.cache import PADDING, SHARED, Cache, Tokens, empty
 from jax_refusal.models.decoder import Output, Transformer
 from jax_refusal.models.drivers import SCAN, Driver, Scan, Unrolled
@@ -35,11 +35,11 @@ def any_model(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -
     return jr.load_model(str(checkpoint(**(window if request.param == "window" else {}))))
 
 
-def nothing(model: Transformer) -> Intervention:
+def nothing(model: Transformer) -> Edit:
     return jr.identity(model.arch.layers, model.arch.width)
 
 
-def some_edit(model: Transformer) -> Intervention:
+def some_edit(model: Transformer) -> Edit:
     direction = np.random.default_rng(5).normal(size=model.arch.width)
     return jr.ablate(direction, model.arch.layers)
 
@@ -49,9 +49,7 @@ def random_ids(model: Transformer, *shape: int, seed: int = 0) -> np.ndarray:
 
 
 @jax.jit
-def cached(
-    model: Transformer, tokens: Tokens, edit: Intervention, cache: Cache
-) -> tuple[jax.Array, Cache]:
+def cached(model: Transformer, tokens: Tokens, edit: Edit, cache: Cache) -> tuple[jax.Array, Cache]:
     apart = isinstance(cache.entries[0], tuple)
     drive = Unrolled(model.unrolled()) if apart else SCAN
     out = model(tokens, edit, cache=cache, drive=drive)
@@ -83,7 +81,7 @@ def sharing(model: Transformer, prefix: int, lengths: tuple[int, ...]) -> Prompt
     return Prompts([ids[0][:prefix] + row[prefix:] for row in ids], prefix, positions=3)
 
 
-def one_by_one(model: Transformer, prompts: Prompts, edit: Intervention) -> np.ndarray:
+def one_by_one(model: Transformer, prompts: Prompts, edit: Edit) -> np.ndarray:
     """Last-token logits of each prompt in a pass of its own; padded, so that one shape compiles."""
     rows = []
     for prompt in prompts.ids:

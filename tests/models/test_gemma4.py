@@ -32,7 +32,7 @@ from jax_refusal.study.scores import refusal_score
 from jax_refusal.study.sweep import Sweep
 from tests import tiny
 from tests.models.cases import fields
-from tests.models.modules import layer
+from tests.models.modules import one_layer
 from tests.models.test_cache import one_by_one, sharing
 from tests.models.test_families import random_ids
 from tests.tolerances import INVARIANCE, PARITY, SCORES, assert_close, largest
@@ -71,7 +71,7 @@ def test_inputs_of_each_layer_and_what_they_write(model: Transformer, path: Path
         theirs = hf.layers[number]
         gate = theirs.act_fn(theirs.per_layer_input_gate(x)) * own[:, :, number]
         written = theirs.post_per_layer_input_norm(theirs.per_layer_projection(gate))
-        found = layer(model, number, tokens).branch(jnp.asarray(x.numpy()), 1)
+        found = one_layer(model, number, tokens).branch(jnp.asarray(x.numpy()), 1)
         assert_close(found, written, PARITY, f"layer {number}")
 
 

@@ -26,7 +26,7 @@ from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Moe
 from tests import tiny
 from tests.models.cases import T, fields
-from tests.models.modules import blank, layer
+from tests.models.modules import blank, one_layer
 from tests.models.test_families import hf_everything, random_ids
 from tests.tolerances import INVARIANCE, PARITY, ROUNDING, assert_close, largest
 
@@ -64,7 +64,7 @@ def test_modules(checkpoint: Checkpoint) -> None:
         block.mlp.router.register_forward_hook(record("router"), with_kwargs=True)
     hf(torch.tensor(random_ids(model.arch.vocab)))
     for number in range(model.arch.layers):
-        own = layer(model, number, blank(2, T))
+        own = one_layer(model, number, blank(2, T))
         (norm_in, norm), (attn_in, attn), (mlp_in, mlp), (router_in, router) = (
             seen[name][number] for name in ("input_layernorm", "self_attn", "mlp", "router")
         )

@@ -23,7 +23,7 @@ from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
 from tests import tiny
-from tests.models.modules import blank, layer
+from tests.models.modules import blank, one_layer
 from tests.tolerances import BFLOAT16, BFLOAT16_LOSS, PARITY, SMOLLM2, assert_close, largest
 
 T = 48  # longer than ORIGINAL_CONTEXT and WINDOW: both bite
@@ -117,7 +117,7 @@ def test_modules(name: str, checkpoint: Checkpoint) -> None:
     model, hf = jr.load_model(str(path)), tiny.hf_model(path)
     theirs = hf_modules(hf, random_ids(model))
     for number in range(model.arch.layers):
-        own = layer(model, number, blank(2, T))
+        own = one_layer(model, number, blank(2, T))
         x = jnp.asarray(theirs["resid_pre"][number])
         normed = ops.rms_norm(x, own.p["attn_norm"], model.arch.norm_epsilon)
         assert_close(normed, theirs["normed"][number], PARITY, f"rms_norm of layer {number}")

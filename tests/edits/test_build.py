@@ -1,10 +1,9 @@
-"""Edits: properties of the arithmetic at a site, and of the model under them.
+"""Edits that are built: properties of the arithmetic at a site, and of the model under them.
 
-Letters: B batch row, T token, D residual width, L layers, S residual sites, R edit rows.
+Letters: B batch row, T token, D residual width, L layers, S residual sites, R edit rows, M rank.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +13,40 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.data.chat import Chat
-from jax_refusal.edits import SITES, Edit, Intervention, take, unit_vector
+from jax_refusal.edits import Affine, Edit, unit_vector
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.decoder import Output, Transformer
+from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import Scan
+from tests.edits.common import (
+    ARRIVALS,
+    KINDS,
+    B,
+    D,
+    L,
+    T,
+    assert_same,
+    at,
+    random,
+    run,
+    three_edits,
+)
 from tests.tolerances import GRADIENT, INVARIANCE, ROUNDING, assert_close, largest
 
-L, D = 4, 64  # of the tiny model
-B, T = 3, 12
-ARRIVALS = [(layer, site) for layer in range(L) for site in SITES]  # in the order of the stream
 FULLY_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def at(edit: Edit, layer: int, site: str, x: jax.Array) -> jax.Array:
-    """The edit at one layer and site, outside of a model."""
-    scanned = jax.tree.map(lambda leaf: leaf[layer], edit.scanned(L))
-    return edit.at_site(scanned, site, x)
-
-
-@jax.jit
-def run(model: Transformer, ids: jax.Array, edit: Edit) -> Output:
-    """The stream, and what arrives at every site before its edit."""
-    everywhere = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
-    return model(Tokens.padded(ids), edit, keep=everywhere, sites=SITES)
-
-
-@pytest.fixture(scope="module")
-def ids() -> jax.Array:  # [B, T]
-    return jnp.asarray(np.random.default_rng(1).integers(409, size=(B, T)))
-
-
-def three_edits() -> list[Intervention]:
-    """Nothing, an ablation, an addition."""
-    addition = jr.add(3 * random(D, seed=2), L, layer=1, coefficient=-1.0)
-    return [jr.identity(L, D), jr.ablate(random(D, seed=1), L), addition]
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Pytrees of equal arrays."""
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 # Identity
 
-NOTHING: dict[str, Callable[[], Intervention]] = {
+NOTHING: dict[str, Callable[[], Edit]] = {
     "identity": lambda: jr.identity(L, D),
     "ablate": lambda: jr.ablate(random(D), L, strength=0.0),
     "add": lambda: jr.add(random(D), L, layer=0, coefficient=0.0),
     "elsewhere": lambda: jr.add(random(D), L, layer=1),
+    "rank 3": lambda: jr.ablate(random(3, D), L, strength=0.0),
+    "affine elsewhere": lambda: jr.affine(random(D), L, target=1e30, layer=1),
+    "another token": lambda: jr.only(jr.ablate(random(D), L), "marked"),
+    "chain": lambda: jr.chain(jr.identity(L, D), jr.add(random(D), L, layer=2)),
+    "transform": lambda: jr.only(jr.Transform(function=lambda *a: a[-1] + 1, params=()), "marked"),
     "rows": lambda: jr.repeat(jr.identity(L, D), B),
 }
 
@@ -83,7 +64,8 @@ def test_identity_is_exact(name: str, dtype: Any) -> None:
     x = x.astype(dtype)
     compiled = jax.jit(at, static_argnums=(1, 2), compiler_options=FULLY_OPTIMISED)
     for call in (at, compiled):
-        np.testing.assert_array_equal(bits(call(NOTHING[name](), 0, "resid_pre", x)), bits(x))
+        found = call(NOTHING[name](), 0, "resid_pre", x, KINDS)
+        np.testing.assert_array_equal(bits(found), bits(x))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -139,13 +121,90 @@ def test_ablation_in_the_model(model: Transformer, ids: jax.Array) -> None:
     direction = random(D, seed=1)
     unit = np.float64(unit_vector(direction))
     out = run(model, ids, jr.ablate(direction, L))
-    along = {site: np.float64(kept) @ unit for site, kept in out.kept.items()}  # [L, B, T]
+    along = {site: np.float64(kept) @ unit for site, kept in out.captured.items()}  # [L, B, T]
     limit = 10 * ROUNDING * largest(jnp.linalg.norm(out.x, axis=-1))
     assert largest(along["resid_pre"][1:]) <= limit
     assert largest(np.float64(out.x) @ unit) <= limit
     for layer, site in ARRIVALS:
         if site != "resid_pre" or layer == 0:
             assert largest(along[site][layer]) > 100 * limit, f"layer {layer} has none at {site}"
+
+
+# Ablation of a space
+
+
+def test_ablation_of_a_space_by_hand() -> None:
+    """x = (3, 4, 5) without what lies in the plane of (0, 2, 0) and (0, 1, 1) is (3, 0, 0)."""
+    edit = jr.ablate(np.array([[0.0, 2, 0], [0, 1, 1]]), L)
+    found = at(edit, 1, "attn_out", jnp.array([[[3.0, 4.0, 5.0]]]))
+    assert_close(found, [[[3.0, 0, 0]]], ROUNDING)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_ablation_of_a_space(rank: int) -> None:
+    """Nothing is left along any direction, the rest stays, a second time changes nothing, and any
+    directions of the same span do the same."""
+    directions, x = random(rank, D, seed=1), jnp.asarray(100 * random(B, T, D))
+    edit, size = jr.ablate(directions, L), largest(jnp.linalg.norm(x, axis=-1))
+    once = at(edit, 2, "mlp_out", x)
+    assert largest(np.float64(once) @ directions.T) <= 10 * ROUNDING * size
+    span = np.linalg.qr(np.float64(directions).T)[0]
+    assert_close(once, np.float64(x) @ (np.eye(D) - span @ span.T), ROUNDING, "by hand")
+    assert_close(at(edit, 2, "mlp_out", once), once, ROUNDING, "twice")
+    mixed = random(rank, rank, seed=2) @ directions
+    assert_close(at(jr.ablate(mixed, L), 2, "mlp_out", x), once, 10 * ROUNDING, "same span")
+
+
+def test_a_space_of_one_direction_is_the_direction() -> None:
+    assert_same(jr.ablate(random(1, D), L), jr.ablate(random(D), L))
+
+
+# Affine edits
+
+
+def test_affine_by_hand() -> None:
+    """The coordinate of x = (3, 4) along (0, 2) becomes the target, and more by its multiples."""
+    x, direction = jnp.array([[[3.0, 4.0]]]), np.array([0.0, 2.0])
+    for target, coefficient, expected in ((1.5, 0, 1.5), ([7, 1.5], 0, 1.5), (1.5, -1, -0.5)):
+        edit = jr.affine(direction, L, target=np.array(target), coefficient=coefficient)
+        np.testing.assert_array_equal(at(edit, 1, "resid_pre", x), [[[3, expected]]])
+        np.testing.assert_array_equal(at(edit, 1, "attn_out", x), x)
+    once = jr.affine(direction, L, target=1.5, layer=1, sites=("attn_out",))
+    changed = [place for place in ARRIVALS if not np.array_equal(at(once, *place, x), x)]
+    assert changed == [(1, "attn_out")]
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_affine(rank: int) -> None:
+    """x - proj(x) + proj(target) + coefficient * direction, and the same a second time."""
+    directions, mean, x = random(rank, D, seed=1), random(D, seed=2), random(B, T, D)
+    edit = jr.affine(directions, L, target=mean, coefficient=0.7)
+    once = at(edit, 0, "resid_pre", jnp.asarray(x))
+    span = np.linalg.qr(np.float64(directions).T)[0]
+    expected = x - (x - mean) @ span @ span.T + 0.7 * directions.sum(0)
+    assert_close(once, expected, ROUNDING, "by hand")
+    assert_close(at(edit, 0, "resid_pre", once), once, ROUNDING, "twice")
+    plain = jr.affine(directions, L, target=np.zeros(D))
+    ablated = at(jr.ablate(directions, L), 0, "resid_pre", jnp.asarray(x))
+    assert_close(at(plain, 0, "resid_pre", jnp.asarray(x)), ablated, ROUNDING, "target 0")
+
+
+SEVERAL: dict[str, Callable[[Any], Affine]] = {
+    "ablate": lambda direction: jr.ablate(direction, L),
+    "add": lambda direction: jr.add(direction, L, layer=1),
+    "affine": lambda direction: jr.affine(direction, L, target=0.5, coefficient=0.2),
+    "rank 2": lambda direction: jr.ablate(jnp.stack([direction, random(D, seed=7)]), L),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_bfloat16_is_rounded_once(name: str) -> None:
+    """The arithmetic is in float32 whatever the stream's dtype."""
+    edit, x = SEVERAL[name](random(D)), jnp.asarray(random(B, T, D)).astype(jnp.bfloat16)
+    found = at(edit, 1, "resid_pre", x)
+    assert found.dtype == jnp.bfloat16
+    exact = at(edit, 1, "resid_pre", x.astype(jnp.float32))
+    np.testing.assert_array_equal(bits(found), bits(exact.astype(jnp.bfloat16)))
 
 
 # Addition
@@ -162,8 +221,8 @@ def test_addition_by_hand(
     @jax.jit
     def by_hand(model, ids, vector, layer):
         tokens, nothing, end = Tokens.padded(ids), jr.identity(L, D), jnp.int32(L)
-        x = model.stream(model.embedded(ids), tokens, nothing, span=(jnp.int32(0), layer)).x
-        return model.stream(x + vector[None, None], tokens, nothing, span=(layer, end)).x
+        x = model.stream(model.embedded(ids), tokens, nothing, drive=Scan((jnp.int32(0), layer))).x
+        return model.stream(x + vector[None, None], tokens, nothing, drive=Scan((layer, end))).x
 
     edit = jr.add(vector, L, layer=layer, coefficient=coefficient)
     expected = by_hand(model, ids, coefficient * jnp.asarray(vector), jnp.int32(layer))
@@ -181,34 +240,13 @@ def test_addition_is_at_one_place(
     place = ARRIVALS.index((layer, site))
     for i, (other_layer, other_site) in enumerate(ARRIVALS):
         same = np.array_equal(
-            edited.kept[other_site][other_layer], base.kept[other_site][other_layer]
+            edited.captured[other_site][other_layer], base.captured[other_site][other_layer]
         )
         assert same == (i <= place), f"at layer {other_layer}, {other_site}"
     x = jnp.asarray(random(B, T, D))
     for other in ARRIVALS:
         expected = x + vector[None, None] if other == (layer, site) else x
         np.testing.assert_array_equal(at(edit, *other, x), expected)
-
-
-# Rows
-
-
-def test_rows_equal_singles(model: Transformer, ids: jax.Array) -> None:
-    """One batch with another edit on every row, against one batch for each edit."""
-    together = run(model, ids, jr.rows(*three_edits()))
-    for row, edit in enumerate(three_edits()):
-        alone = run(model, ids[row : row + 1], edit)
-        assert_close(together.x[row], alone.x[0], INVARIANCE, f"row {row}")
-        for site in SITES:
-            assert_close(together.kept[site][:, row], alone.kept[site][:, 0], INVARIANCE, site)
-
-
-def test_repeat_and_take() -> None:
-    a, b, c = three_edits()
-    assert_same(jr.repeat(jr.rows(a, b), 2), jr.rows(a, a, b, b))
-    assert_same(take(jr.rows(a, b, c), np.array([2, 0, 2])), jr.rows(c, a, c))
-    assert take(a, np.array([0, 1, 2])) is a
-    assert_same(jr.rows(jr.rows(a, b), c), jr.rows(a, b, c))
 
 
 # Transformations of JAX
@@ -221,110 +259,32 @@ def test_vmap(model: Transformer, ids: jax.Array) -> None:
     for x, edit in zip(mapped, three_edits(), strict=True):
         assert_close(x, run(model, ids, edit).x, INVARIANCE)
     directions = random(5, D)
-    many = jax.vmap(lambda d: jr.ablate(d, L))(jnp.asarray(directions))
-    for i, direction in enumerate(directions):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], many)
-        jax.tree.map(lambda x, y: assert_close(x, y, ROUNDING), one, jr.ablate(direction, L))
+    for make in SEVERAL.values():
+        many = jax.vmap(make)(jnp.asarray(directions))
+        for i, direction in enumerate(directions):
+            one = jax.tree.map(lambda leaf, i=i: leaf[i], many)
+            jax.tree.map(lambda x, y: assert_close(x, y, ROUNDING), one, make(direction))
     many = jax.vmap(lambda layer: jr.add(directions[0], L, layer=layer))(jnp.arange(L))
     for layer in range(L):
         one = jax.tree.map(lambda leaf, i=layer: leaf[i], many)
         assert_same(one, jr.add(directions[0], L, layer=layer))
 
 
-@pytest.mark.parametrize("make", [jr.ablate, partial(jr.add, layer=1)], ids=["ablate", "add"])
-def test_gradient(make: Callable[..., Intervention], model: Transformer, ids: jax.Array) -> None:
+@pytest.mark.parametrize("name", SEVERAL)
+def test_gradient(name: str, model: Transformer, ids: jax.Array) -> None:
     """With respect to the direction, against central differences."""
     direction, tangent = jnp.asarray(random(D, seed=1)), random(D, seed=3)
     weights = jnp.asarray(random(B, T, D, seed=4))
 
     @jax.jit
     def value(direction: jax.Array) -> jax.Array:
-        return jnp.sum(weights * run(model, ids, make(direction, L)).x)
+        return jnp.sum(weights * run(model, ids, SEVERAL[name](direction)).x)
 
     step = 1e-2
     difference = value(direction + step * tangent) - value(direction - step * tangent)
     slope = jax.grad(value)(direction) @ tangent
     assert abs(slope) > 1
     assert_close(slope, difference / (2 * step), GRADIENT)
-
-
-# Transform
-
-
-def ablate_by_hand(params: jax.Array, site: str, layer: jax.Array, x: jax.Array) -> jax.Array:
-    unit = params / jnp.linalg.norm(params)
-    return x - jnp.einsum("btd,d->bt", x, unit)[..., None] * unit[None, None]
-
-
-def add_by_hand(params: dict, site: str, layer: jax.Array, x: jax.Array) -> jax.Array:
-    here = (layer == params["layer"]) & (site == "resid_pre")
-    return jnp.where(here, x + params["vector"][None, None], x)
-
-
-def test_transform_equals_the_intervention(model: Transformer, ids: jax.Array) -> None:
-    direction = random(D, seed=1)
-    transform = jr.Transform(function=ablate_by_hand, params=jnp.asarray(direction))
-    expected = run(model, ids, jr.ablate(direction, L))
-    jax.tree.map(lambda x, y: assert_close(x, y, INVARIANCE), run(model, ids, transform), expected)
-    for layer in range(L):
-        params = {"layer": jnp.int32(layer), "vector": jnp.asarray(direction)}
-        transform = jr.Transform(function=add_by_hand, params=params)
-        expected = run(model, ids, jr.add(direction, L, layer=layer))
-        assert_close(run(model, ids, transform).x, expected.x, INVARIANCE)
-
-
-# Traces
-
-
-def many_edits() -> list[Intervention]:
-    """Edits of one row: 7 directions x L layers x 3 coefficients, and ablations of all kinds."""
-    edits = [jr.identity(L, D)]
-    for direction in random(7, D):
-        for layer in range(L):
-            edits += [jr.add(direction, L, layer=layer, coefficient=c) for c in (-1, 0.5, 1)]
-        edits += [jr.ablate(direction, L, strength=s) for s in (0, 1, 1.5)]
-    edits += [jr.add(random(D), L, layer=jnp.int32(2), site=s) for s in SITES]
-    return edits + [jr.ablate(jnp.asarray(random(D)), L, sites=(s,)) for s in SITES]
-
-
-def test_one_trace(model: Transformer, ids: jax.Array) -> None:
-    traces = []
-
-    @jax.jit
-    def forward(model: Transformer, ids: jax.Array, edit: Edit) -> jax.Array:
-        traces.append(edit)
-        return model(Tokens.padded(ids), edit).x
-
-    for edit in many_edits():
-        forward(model, ids, edit)
-    assert len(traces) == 1
-    for scale in (1.0, 2.0):
-        params = scale * jnp.asarray(random(D))
-        forward(model, ids, jr.Transform(function=ablate_by_hand, params=params))
-    assert len(traces) == 2
-
-
-def test_one_trace_of_every_stage(
-    model: Transformer, chat: Chat, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing in the library compiles again for another edit, temperature or number of tokens."""
-    passes = []
-    stream = Transformer.stream
-
-    def counted(*args: Any, **options: Any) -> Output:
-        passes.append(args)
-        return stream(*args, **options)
-
-    monkeypatch.setattr(Transformer, "stream", counted)
-    texts = ["Bake some bread", "Hide the car"]
-    first: int | None = None
-    for i, edit in enumerate(many_edits()[::20]):
-        jr.logits(model, np.array([[1, 2, 3]]), edit=edit)
-        jr.mean_activations(model, chat, texts, edit=edit)
-        jr.generate(model, chat, texts, edit, 2 + i, temperature=0.1 * i, seed=i)
-        first = len(passes) if first is None else first
-    assert first
-    assert len(passes) == first
 
 
 # Errors
@@ -338,7 +298,7 @@ NAN, ZERO = np.full(D, np.nan), np.zeros(D)
         (lambda: jr.ablate(ZERO, L), "norm 0.0"),
         (lambda: jr.ablate(NAN, L), "finite"),
         (lambda: jr.ablate(np.full(D, np.inf), L), "finite"),
-        (lambda: jr.ablate(np.ones((1, D)), L), r"shape given is \(1, 64\)"),
+        (lambda: jr.ablate(np.ones((1, 1, D)), L), r"shape given is \(1, 1, 64\)"),
         (lambda: jr.ablate(np.float32(1), L), r"shape given is \(\)"),
         (lambda: jr.ablate(np.ones(D), L, sites=("resid_post",)), "resid_post.*resid_pre"),
         (lambda: jr.add(NAN, L, layer=0), "finite"),
@@ -346,10 +306,15 @@ NAN, ZERO = np.full(D, np.nan), np.zeros(D)
         (lambda: jr.add(np.ones(D), L, layer=L), r"layer=4 is not in 0\.\.3"),
         (lambda: jr.add(np.ones(D), L, layer=-1), r"layer=-1 is not in 0\.\.3"),
         (lambda: jr.add(np.ones(D), L, layer=0, site="mlp"), "mlp.*mlp_out"),
-        (lambda: jr.rows(), "at least one edit"),
+        (lambda: jr.ablate(np.ones((2, D)), L), r"2 directions of width 64 depend.*\[1\.0, 0\.0\]"),
+        (lambda: jr.ablate(random(D + 1, D), L), "65 directions of width 64 depend"),
+        (lambda: jr.ablate(np.stack([random(D), ZERO]), L), "norm 0.0"),
+        (lambda: jr.affine(random(2, D), L, target=0.0), "one number and there are 2 directions"),
+        (lambda: jr.affine(random(D), L, target=NAN), "finite"),
+        (lambda: jr.affine(random(D), L, target=1.0, layer=L), r"layer=4 is not in 0\.\.3"),
     ],
 )
-def test_errors(make: Callable[[], Intervention], said: str) -> None:
+def test_errors(make: Callable[[], Affine], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
 
