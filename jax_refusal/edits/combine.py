@@ -175,9 +175,8 @@ def _transform_rows(
     found = []
     for i, link in enumerate(links):
         if isinstance(link, Transform):
-            assert link.rows is not None
             around = (sum(sizes[:i]), sum(sizes[i + 1 :]))
-            rows = jnp.pad(link.rows, around)
+            rows = jnp.pad(jnp.ones(sizes[i], bool) if link.rows is None else link.rows, around)
             tokens = None if link.tokens is None else jnp.pad(link.tokens, (around, (0, 0)))
             found.append(dataclasses.replace(link, rows=rows, tokens=tokens))
     return found
