@@ -19,11 +19,11 @@ from jax_refusal.interventions import SITES, Edit, Intervention, take, unit_vect
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.transformer import Output, Transformer
 from tests.tolerances import GRADIENT, INVARIANCE, ROUNDING, assert_close, largest
+from tests.xla import FULLY_OPTIMISED
 
 L, D = 4, 64  # of the tiny model
 B, T = 3, 12
 ARRIVALS = [(layer, site) for layer in range(L) for site in SITES]  # in the order of the stream
-FULLY_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
