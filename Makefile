@@ -5,8 +5,8 @@
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 ARGS   ?=
 
-# Python 3.11 has the pair jax 0.10 and flax 0.12.8, and all tests; later ones have the newest pair, and the core
-# tests: there torch is not installed, since pip may bring several GB of CUDA with it.
+# Python 3.11 has the pair jax 0.10 and flax 0.12.8, and all tests. Later ones have the newest pair, and `make test`
+# is the core there: it does without torch, for which pip may bring several GB of CUDA.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifeq ($(VERSION),3.11)
 VENV  := .venv
