@@ -4,6 +4,7 @@ The settings are made before jax starts: eight devices on one CPU, so that shard
 without hardware, and no hub.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -19,19 +20,21 @@ from typing import Any
 
 import jax
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import jax_refusal as jr
 from jax_refusal.checkpoints.sources import locate
 from jax_refusal.data.chat import Chat
 from jax_refusal.models.decoder import Transformer
-from tests import runs, tiny
+from tests import runs, tiny, xla
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every test compiles for itself: a stored program could hide what compiling says.
 jax.config.update("jax_enable_compilation_cache", False)
-torch.set_num_threads(1)
+if importlib.util.find_spec("torch"):  # the core suite runs without it
+    import torch
+
+    torch.set_num_threads(1)
 # A shell's background jobs ignore Ctrl-C, and what they start inherits it: an interrupt is tested
 # wherever the suite is started.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -39,11 +42,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Tiny models compile for longer than they run, so the default suite compiles carelessly, which
-    # takes a quarter of the time. The slow tests compile as a run does.
+    # The slow tests compile as a run does.
     if "not slow" in config.option.markexpr:
-        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *xla.CARELESS])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,16 +88,18 @@ def chat(tiny_dir: Path) -> Chat:
 @pytest.fixture(scope="session")
 def hf(tiny_dir: Path) -> PreTrainedModel:
     """The same checkpoint as Hugging Face runs it."""
+    pytest.importorskip("torch", reason="Hugging Face's model needs PyTorch")
     return tiny.hf_model(tiny_dir)
 
 
 @pytest.fixture(scope="session")
 def smollm2_hf() -> PreTrainedModel:
     """SmolLM2-135M-Instruct as Hugging Face reads and runs the GGUF file of `jr.SMOLLM2`."""
+    pytest.importorskip("torch", reason="Hugging Face's model needs PyTorch")
     path = locate(jr.SMOLLM2).gguf
     assert path is not None
     return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        path.parent, gguf_file=path.name, dtype="float32", attn_implementation="eager"
     ).eval()
 
 

@@ -20,7 +20,7 @@ from jax_refusal.evals import refusals
 from jax_refusal.evals.refusals import is_refusal, rate
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import startup
-from tests import oracle, runs
+from tests import runs
 from tests.runs import COMPLETIONS, STAGES, contents, results, run, small
 
 P, L, D = 5, 4, 64
@@ -64,6 +64,8 @@ def test_manifest(finished: Path, tiny_dir: Path):
 def test_means_are_those_of_the_oracle(
     finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel
 ):
+    from tests import oracle
+
     tensors = load_file(finished / "directions/means.safetensors")
     assert {name: (x.shape, x.dtype.name) for name, x in tensors.items()} == {
         name: ((P, L, D), "float32") for name in ("mean_harmful", "mean_harmless", "mean_diffs")
@@ -79,6 +81,8 @@ def test_means_are_those_of_the_oracle(
 def test_candidates_are_scored_and_chosen_as_by_the_oracle(
     finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel
 ):
+    from tests import oracle
+
     table = runs.rows(finished / "selection/candidates.jsonl")
     fields = (
         "position layer refusal_score steering_score kl_div_score kl_at_least kept reason".split()
@@ -125,6 +129,8 @@ def test_the_direction_is_the_chosen_difference_of_means(finished: Path):
 @pytest.mark.parametrize("name", COMPLETIONS)
 def test_completions(name: str, finished: Path, tiny_dir: Path, chat: Chat, hf: PreTrainedModel):
     """One row for every test prompt, in order, with the oracle's greedy reply under the edit."""
+    from tests import oracle
+
     kind, edit = name.split("_")
     test = getattr(load_prompts(small(tiny_dir).data), kind)["test"]
     rows = runs.rows(finished / f"completions/{name}.jsonl")
@@ -208,6 +214,8 @@ def test_the_filter_keeps_prompts_by_the_sign_of_their_score(
     tiny_dir: Path, tmp_path: Path, chat: Chat, hf: PreTrainedModel
 ):
     """With tokens that share the probability about evenly, prompts fall on both sides of zero."""
+    from tests import oracle
+
     ids = tuple(range(0, len(chat.tokenizer), 2))
     config = small(
         tiny_dir, data__filter=True, data__n_train=12, data__n_val=6, refusal__token_ids=ids

@@ -1,22 +1,29 @@
 """Tiny random checkpoints in the Hugging Face layout, with a real byte-level BPE tokenizer.
 
 Everything is a function of the arguments: the same call writes the same bytes, and the global
-random state of torch is left as it was.
+random state of torch is left as it was. Hugging Face's classes make the models. Without PyTorch,
+as in the core suite, a Llama or Mistral is written by hand and drawn by numpy: other weights by the
+same rule.
 """
 
 import copy
+import importlib.util
 import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import pytest
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -174,8 +181,8 @@ def write_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
-    """Fill every parameter from one seeded generator, in the order of the parameters' names.
+def _parameter(name: str, noise: Any, family: str, scale: float) -> Any:
+    """Of standard normal noise, an array of numpy's or torch's, the values of a parameter.
 
     A weight [out, in] is normal with std scale / sqrt(in), and so is the embedding with
     std scale / sqrt(D): the head then reads a normalised residual into logits of std `scale`,
@@ -184,20 +191,52 @@ def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
     as its distance from 1, up to its third version. Stacked experts [E, out, in] are as weights;
     scales of whole layers are as gains.
     """
-    family = model.config.model_type
+    if noise.ndim in (2, 3):
+        return noise * (scale / math.sqrt(noise.shape[-1]))
+    if name.endswith("bias"):
+        return 0.2 * noise
     distance = family.startswith("gemma") and not family.startswith("gemma4")
     centre, spread = (0.0, 0.3) if distance else (1.0, 0.1)
+    return centre + spread * noise
+
+
+def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:
+    """Fill every parameter from one seeded generator, in the order of the parameters' names."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     scales = [pair for pair in model.named_buffers() if pair[0].endswith("layer_scalar")]
     for name, weight in sorted([*model.named_parameters(), *scales]):
         noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim in (2, 3):
-            value = noise * (scale / math.sqrt(weight.shape[-1]))
-        elif name.endswith("bias"):
-            value = 0.2 * noise
-        else:
-            value = centre + spread * noise
-        weight.data.copy_(value)
+        weight.data.copy_(_parameter(name, noise, model.config.model_type, scale))
+
+
+def _by_hand(config: PreTrainedConfig, seed: int, scale: float) -> dict[str, np.ndarray]:
+    """The tensors of a Llama or Mistral without biases, as Hugging Face names and stores them."""
+    D, F = config.hidden_size, config.intermediate_size
+    K = config.head_dim or D // config.num_attention_heads
+    HK, GK = config.num_attention_heads * K, config.num_key_value_heads * K
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, D), "model.norm.weight": (D,)}
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, D)
+    for layer in range(config.num_hidden_layers):
+        block = {
+            "input_layernorm": (D,),
+            "self_attn.q_proj": (HK, D),
+            "self_attn.k_proj": (GK, D),
+            "self_attn.v_proj": (GK, D),
+            "self_attn.o_proj": (D, HK),
+            "post_attention_layernorm": (D,),
+            "mlp.gate_proj": (F, D),
+            "mlp.up_proj": (F, D),
+            "mlp.down_proj": (D, F),
+        }
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in block.items()}
+    rng = np.random.default_rng(seed)
+    return {
+        name: _parameter(name, rng.standard_normal(shape), "llama", scale).astype(np.float32)
+        for name, shape in sorted(shapes.items())
+    }
 
 
 def _shard_size(model: PreTrainedModel, shards: int) -> int:
@@ -214,6 +253,54 @@ def _shard_size(model: PreTrainedModel, shards: int) -> int:
             break
         size += max(1, size // 100)
     raise ValueError(f"shards={shards}: no shard size cuts these {len(state)} tensors into that")
+
+
+def _save_hf(
+    path: Path,
+    architecture: str,
+    fields: dict[str, Any],
+    generation: GenerationConfig,
+    seed: int,
+    shards: int,
+    dtype: str,
+    scale: float,
+) -> None:
+    """Save Hugging Face's model of these fields with random parameters."""
+    import torch
+
+    model_class = getattr(transformers, FAMILIES[architecture][0])
+    if architecture in INSIDE:
+        own = {name: fields.pop(name) for name in INSIDE[architecture]}
+        fields = {"text_config": fields, **own}
+    config = model_class.config_class(**fields)
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config)
+    _randomise(model, seed, scale)
+    model = model.to(getattr(torch, dtype)).eval()
+    model.generation_config = generation
+    limit = {} if shards == 1 else {"max_shard_size": _shard_size(model, shards)}
+    model.save_pretrained(str(path), **limit)
+
+
+def _save_by_hand(
+    path: Path,
+    architecture: str,
+    fields: dict[str, Any],
+    generation: GenerationConfig,
+    seed: int,
+    shards: int,
+    dtype: str,
+    scale: float,
+) -> None:
+    """The same files without PyTorch; a test of another model is skipped."""
+    biases = fields.get("attention_bias") or fields.get("mlp_bias")
+    if architecture not in ("llama", "mistral") or biases or (shards, dtype) != (1, "float32"):
+        pytest.skip("this tiny model is made by PyTorch")
+    class_name = FAMILIES[architecture][0]
+    config = AutoConfig.for_model(architecture, **fields, architectures=[class_name], dtype=dtype)
+    save_file(_by_hand(config, seed, scale), path / "model.safetensors")
+    config.save_pretrained(str(path))
+    generation.save_pretrained(str(path))
 
 
 def write_checkpoint(
@@ -233,7 +320,6 @@ def write_checkpoint(
     """
     if architecture not in FAMILIES:
         raise ValueError(f"architecture={architecture!r}: expected one of {sorted(FAMILIES)}")
-    class_name, family = FAMILIES[architecture]
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(path)
@@ -250,29 +336,19 @@ def write_checkpoint(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model_class = getattr(transformers, class_name)
-    fields = {**fields, **copy.deepcopy(family), **copy.deepcopy(config_overrides)}
-    if architecture in INSIDE:
-        own = {name: fields.pop(name) for name in INSIDE[architecture]}
-        fields = {"text_config": fields, **own}
-    config = model_class.config_class(**fields)
-    with torch.random.fork_rng(devices=[]):
-        model = model_class(config)
-    _randomise(model, seed, init_scale)
-    model = model.to(getattr(torch, dtype)).eval()
-    text = config.get_text_config()
-    model.generation_config = GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
+    fields |= copy.deepcopy(FAMILIES[architecture][1]) | copy.deepcopy(config_overrides)
+    generation = GenerationConfig(
+        bos_token_id=fields["bos_token_id"],
+        eos_token_id=fields["eos_token_id"],
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-    limit = {} if shards == 1 else {"max_shard_size": _shard_size(model, shards)}
-    model.save_pretrained(str(path), **limit)
+    save = _save_hf if importlib.util.find_spec("torch") else _save_by_hand
+    save(path, architecture, fields, generation, seed, shards, dtype, init_scale)
     return path
 
 
-def hf_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def hf_model(path: str | Path, dtype: Any = "float32") -> PreTrainedModel:
     """The checkpoint as Hugging Face loads it, in eval mode with plain (eager) attention."""
     model = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=dtype, attn_implementation="eager", local_files_only=True

@@ -31,9 +31,7 @@ from tests.edits.common import (
     three_edits,
 )
 from tests.tolerances import GRADIENT, INVARIANCE, ROUNDING, assert_close, largest
-
-FULLY_OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-
+from tests.xla import FULLY_OPTIMISED
 
 # Identity
 

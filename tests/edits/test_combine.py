@@ -15,7 +15,7 @@ import jax_refusal as jr
 from jax_refusal.data.chat import Chat
 from jax_refusal.edits import Edit, num_rows, take
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Output, Transformer
+from jax_refusal.models.decoder import Output, Transformer
 from tests.edits.common import (
     KINDS,
     SITES,
@@ -143,7 +143,9 @@ def test_rows_equal_singles(model: Transformer, ids: jax.Array) -> None:
         alone = run(model, ids[row : row + 1], edit)
         assert_close(together.x[row], alone.x[0], INVARIANCE, f"row {row}")
         for site in SITES:
-            assert_close(together.kept[site][:, row], alone.kept[site][:, 0], INVARIANCE, site)
+            assert_close(
+                together.captured[site][:, row], alone.captured[site][:, 0], INVARIANCE, site
+            )
 
 
 def test_rows_of_every_kind_equal_singles(model: Transformer, ids: jax.Array) -> None:

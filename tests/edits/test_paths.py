@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
+from jax_refusal.capture import Capture
 from jax_refusal.data.chat import Chat
 from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Edit
 from jax_refusal.evals.loss import reply_loss
 from jax_refusal.models.cache import Tokens
-from jax_refusal.models.transformer import Transformer
+from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import collect
 from jax_refusal.runtime.batching import Prompts, pack, prefix_tokens
 from jax_refusal.runtime.generate import generate
@@ -56,8 +57,8 @@ def whole_pass(
     slots = jnp.arange(SLOTS)[None]
     real = (slots < count).astype(jnp.int32)
     tokens = Tokens(ids=ids[None], positions=slots, segments=real, kinds=kinds[None])
-    out = model(tokens, edit, keep=slots)
-    return model.unembed(out.x)[0], out.kept["resid_pre"][:, 0]
+    out = model(tokens, edit, capture=Capture(sites=("resid_pre",), slots=slots))
+    return model.unembed(out.x)[0], out.captured["resid_pre"][:, 0]
 
 
 def alone(
@@ -159,14 +160,15 @@ def test_training_pairs(model: Transformer, prompts: Prompts) -> None:
     ]
     which, own = np.array([3, 0, 5, 7]), list(EDITS.values())
     batch, prefix = pack_pairs(pairs, prompts, 48), prefix_tokens(prompts, 1)
+    capture = Capture(sites=("resid_pre",), slots=jnp.zeros((4, 1), jnp.int32))
     out = jax.jit(paired_stream)(
-        model, jr.rows(*own), prefix, batch, row_edit=which, slots=jnp.zeros((4, 1), jnp.int32)
+        model, jr.rows(*own), prefix, batch, row_edit=which, capture=capture
     )
     for row, ((_, reply),) in enumerate(pairs):
         logits, stream = alone(model, prompts, prompts.ids[row], reply, own[which[row]])
         found = model.unembed(out.x[row : row + 1])[0, : len(logits) - prompts.prefix]
         assert_close(found, logits[prompts.prefix :], INVARIANCE)
-        kept = out.kept["resid_pre"][:, row, 0]
+        kept = out.captured["resid_pre"][:, row, 0]
         assert_close(kept, stream[:, prompts.prefix], INVARIANCE)
 
 
