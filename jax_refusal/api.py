@@ -3,7 +3,9 @@
 Letters: B batch row, T token, V vocabulary, P post-instruction tokens, L layers, D residual width.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +15,13 @@ from jax_refusal.data.chat import Chat
 from jax_refusal.edits import Edit, identity
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.runtime import collect
+from jax_refusal.runtime import captures, collect
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study import selection, sweep
+
+
+SLOTS = ("post_instruction", "last", "all")
 
 
 @jax.jit
@@ -62,6 +67,46 @@ def mean_activations(
         model, prompts, _or_identity(edit, model), batch_tokens=batch_tokens
     )
     return means
+
+
+def capture(
+    model: Transformer,
+    chat: Chat,
+    instructions: Sequence[str],
+    sites: Sequence[str] = ("resid_pre",),
+    *,
+    slots: str = "post_instruction",  # or "last", or "all" tokens of a prompt
+    reduce: str = "none",  # or "mean", "outer", "project"
+    directions: np.ndarray | None = None,  # [M, D] of what is captured, for "project"
+    edit: Edit | None = None,  # one row
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[str, Any]:
+    """What arrives at sites of every layer, before its edit; reduced while the model runs.
+
+    sites: of the residual stream "resid_pre", "attn_out", "mlp_out", "per_layer_out"; inside of
+    layers "z" (what heads found, before the output projection), "pattern" (attention), "keys",
+    "values", "hidden" (of the MLP); see `jax_refusal.capture`.
+    Returns site -> array: "none" [prompts, P, L, ...], "mean" over prompts [P, L, ...], "outer"
+    means of outer products [P, L, ..., D, D], "project" coordinates [prompts, P, L, ..., M], with
+    P the slots of a prompt; see `runtime.captures.capture` for prompts and layers that differ.
+    """
+    prompts = Prompts.encoded(chat, instructions, model.arch)
+    if slots not in SLOTS:
+        raise ValueError(f"slots={slots!r}; allowed are {list(SLOTS)}.")
+    if slots == "last":
+        prompts = dataclasses.replace(prompts, positions=1)
+    if slots == "all":
+        prompts = dataclasses.replace(prompts, prefix=0)
+    return captures.capture(
+        model,
+        prompts,
+        _or_identity(edit, model),
+        sites,
+        every_token=slots == "all",
+        reduce=reduce,
+        directions=directions,
+        batch_tokens=batch_tokens,
+    )
 
 
 def select(

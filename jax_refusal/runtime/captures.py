@@ -1,11 +1,11 @@
 """Activations inside the layers, of many prompts: packed, behind their shared prefix, reduced while
 the model runs.
 
-Letters: B batch row, T token, X prompts in a row, P slots of a prompt, N prompts, L layers, M
-directions.
+Letters: B batch row, T token, X prompts in a row, P tokens of a prompt that are captured, N groups
+of them that are summed, L layers, D width of what is captured, M directions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ def capture(
     edit: Edit,  # one row
     sites: Sequence[str],
     *,
+    every_token: bool = False,
     reduce: str = "none",
     directions: np.ndarray | None = None,  # [M, D] of what is captured, for "project"
     row_tokens: int = ROW_TOKENS,
@@ -45,37 +46,41 @@ def capture(
     progress: Progress = silent,
     title: str = "capture",
 ) -> dict[str, Any]:
-    """What arrives at each site at the last P tokens of every prompt (`prompts.positions`).
+    """What arrives at each site at the last P tokens of every prompt (`prompts.positions`), or at
+    every token that the prompts do not share.
 
-    Site -> array, of all layers that have the site: "none" [N, P, L, ...] float32, "mean" over the
-    prompts [P, L, ...] float64, "outer" the mean of outer products [P, L, ..., D, D] float64,
-    "project" on directions [N, P, L, ..., M]. Where layers differ in shape a list of such arrays,
-    one for each layer, without L. A pattern's context is the prompt's own tokens, so each prompt
-    has an array of its own, [P, L, H, tokens], and it cannot be averaged.
+    Site -> by what `reduce` says, of all layers that have the site:
+    "none": of each prompt [P, L, ...] float32, stacked where all have as many tokens.
+    "project": the same, [P, L, ..., M], on directions.
+    "mean": over prompts [P, L, ...] float64; of every token over all of them, with P = 1.
+    "outer": the same of outer products, [P, L, ..., D, D].
+    Where layers differ in shape each is a list of such arrays, one for each layer, without L. A
+    pattern's context is the prompt's own tokens, so it cannot be averaged.
 
-    Sums are float32 within a batch and float64 across batches.
+    Sums are float32 within a batch and float64 across batches. Raises ValueError for what cannot
+    be reduced so.
     """
     _check(sites, reduce, directions)
-    mesh, sums, each = mesh_of(model), {}, {}
+    mesh, sums, counts = mesh_of(model), {}, 0
+    each: dict[str, list[Any]] = {site: [None] * len(prompts.ids) for site in sites}
     with jax.set_mesh(mesh):
         prefix = shared_prefix(model, prompts, edit)
         size = {"row_tokens": row_tokens, "batch_tokens": batch_tokens}
-        batches = pack(prompts, multiple=mesh.shape["data"], **size)
-        for batch in progress(batches, title):
-            asked = _asked(batch, tuple(sites), reduce, directions, mesh)
+        for batch in progress(pack(prompts, multiple=mesh.shape["data"], **size), title):
+            asked, counted = _asked(batch, tuple(sites), every_token, reduce, directions, mesh)
             tokens, wide = place(batch.tokens, mesh), prefix and prefix.repeat(len(batch.prompt))
-            found = _captured(model, tokens, edit, wide, asked)
-            for site, values in jax.tree.map(np.asarray, found).items():
+            found = jax.tree.map(np.asarray, _captured(model, tokens, edit, wide, asked))
+            counts = counts + counted
+            for site, values in found.items():
                 if reduce in ("mean", "outer"):
-                    sums[site] = jax.tree.map(
-                        lambda total, new: total + new.astype(np.float64),
-                        sums.get(site, jax.tree.map(np.zeros_like, values)),
-                        values,
-                    )
+                    wider = jax.tree.map(np.float64, values)
+                    old = sums.get(site)
+                    sums[site] = wider if old is None else jax.tree.map(np.add, old, wider)
                 else:
-                    _take(each.setdefault(site, {}), site, values, batch, prompts)
-    means = {site: _mean(total, len(prompts.ids)) for site, total in sums.items()}
-    return means | {site: _in_order(found, site) for site, found in each.items()}
+                    _hand_out(each[site], site, values, batch, prompts, every_token)
+    if reduce in ("mean", "outer"):
+        return {site: _means(total, counts) for site, total in sums.items()}
+    return {site: _joined(each[site]) for site in sites if each[site][0] is not None}
 
 
 def _check(sites: Sequence[str], reduce: str, directions: np.ndarray | None) -> None:
@@ -89,57 +94,79 @@ def _check(sites: Sequence[str], reduce: str, directions: np.ndarray | None) -> 
     if "pattern" in sites and reduce != "none":
         raise ValueError(
             "The attention pattern of a prompt lies over its own tokens, so that patterns of "
-            "several prompts have no mean. Take them with reduce='none'."
+            "several prompts cannot be reduced. Take them with reduce='none'."
         )
 
 
 def _asked(
     batch: Packed,
     sites: tuple[str, ...],
+    every_token: bool,
     reduce: str,
     directions: np.ndarray | None,
     mesh: jax.sharding.Mesh,
-) -> Capture:
+) -> tuple[Capture, Any]:
+    """What the batch is asked for, and how many tokens are in each group [N]."""
     B, X, P = batch.slots.shape
-    slots = sharding.place(batch.slots.reshape(B, X * P), mesh, "batch", None)
-    if reduce == "project":
-        reduction = Project(jnp.asarray(directions, jnp.float32))
-    elif reduce == "none":
-        reduction = None
+    if every_token:
+        slots, weights = None, (np.asarray(batch.tokens.segments) > 0)[..., None]  # [B, T, 1]
     else:
+        slots = sharding.place(batch.slots.reshape(B, X * P), mesh, "batch", None)
         weights = np.einsum("bx,pn->bxpn", batch.valid, np.eye(P)).reshape(B, X * P, P)
-        weights = sharding.place(weights.astype(np.float32), mesh, "batch", None, None)
-        reduction = Sum(weights) if reduce == "mean" else Outer(weights)
-    return Capture(sites=sites, slots=slots, reduce=reduction)
+    counted = weights.sum((0, 1), dtype=np.float64)
+    if reduce == "project":
+        return Capture(
+            sites=sites, slots=slots, reduce=Project(jnp.asarray(directions, jnp.float32))
+        ), counted
+    if reduce == "none":
+        return Capture(sites=sites, slots=slots), counted
+    placed = sharding.place(weights.astype(np.float32), mesh, "batch", None, None)
+    reduction = Sum(placed) if reduce == "mean" else Outer(placed)
+    return Capture(sites=sites, slots=slots, reduce=reduction), counted
 
 
-def _mean(total: Any, count: int) -> Any:
-    """[L, P, ...] -> [P, L, ...]; where layers stand apart a list of [P, ...]."""
+def _means(total: Any, counts: np.ndarray) -> Any:
+    """Sums [L, N, ...] by the number of tokens -> [N, L, ...]; of layers apart a list of [N, ...]."""
+
+    def mean(x: np.ndarray, axis: int) -> np.ndarray:
+        return x / counts.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+
     if isinstance(total, tuple):
-        return [layer / count for layer in total]
-    return (total / count).swapaxes(0, 1)
+        return [mean(layer, 0) for layer in total]
+    return mean(total, 1).swapaxes(0, 1)
 
 
-def _take(found: dict[int, Any], site: str, values: Any, batch: Packed, prompts: Prompts) -> None:
-    """Puts [L, B, X P, ...] into `found` by prompt, [P, L, ...]."""
-    apart = isinstance(values, tuple)
-    stack = [np.asarray(x)[None] for x in values] if apart else [values]
-    P = batch.slots.shape[2]
+def _places(batch: Packed) -> Iterator[tuple[int, int, int]]:
+    """Row, place in it and number of every prompt."""
     for row, x in zip(*np.nonzero(batch.valid), strict=True):
-        number, mine = int(batch.prompt[row, x]), slice(x * P, (x + 1) * P)
-        own = [part[:, row, mine].swapaxes(0, 1).astype(np.float32) for part in stack]
+        yield int(row), int(x), int(batch.prompt[row, x])
+
+
+def _hand_out(
+    found: list[Any],  # by prompt
+    site: str,
+    values: Any,  # [L, B, P of all prompts of a row, ...]; of layers apart a tuple without L
+    batch: Packed,
+    prompts: Prompts,
+    every_token: bool,
+) -> None:
+    """Puts each prompt's own, [P, L, ...], into `found`."""
+    apart = isinstance(values, tuple)
+    layers = [x[None] for x in values] if apart else [values]
+    P, segments = batch.slots.shape[2], np.asarray(batch.tokens.segments)
+    for row, x, number in _places(batch):
+        tokens = np.flatnonzero(segments[row] == x + 1)
+        mine = tokens if every_token else np.arange(x * P, (x + 1) * P)
+        own = [layer[:, row, mine].swapaxes(0, 1).astype(np.float32) for layer in layers]
         if site == "pattern":
-            length = len(prompts.ids[number]) - prompts.prefix
-            end = prompts.prefix + int(batch.slots[row, x, -1]) + 1
-            context = [*range(prompts.prefix), *range(end - length, end)]
-            own = [part[..., context] for part in own]
-        found[number] = [part[:, 0] for part in own] if apart else own[0]
+            context = [*range(prompts.prefix), *(prompts.prefix + tokens)]
+            own = [layer[..., context] for layer in own]
+        found[number] = [layer[:, 0] for layer in own] if apart else own[0]
 
 
-def _in_order(found: dict[int, Any], site: str) -> Any:
-    every = [found[number] for number in range(len(found))]
-    if site == "pattern":
-        return every
-    if isinstance(every[0], list):
-        return [np.stack(layer) for layer in zip(*every, strict=True)]
-    return np.stack(every)
+def _joined(each: list[Any]) -> Any:
+    """Prompts of one shape stacked; where layers stand apart, for each of them."""
+    if isinstance(each[0], list):
+        return [_joined(list(layer)) for layer in zip(*each, strict=True)]
+    same = len({x.shape for x in each}) == 1
+    return np.stack(each) if same else each
