@@ -85,7 +85,7 @@ def capture(
 
     sites: of the residual stream "resid_pre", "attn_out", "mlp_out", "per_layer_out"; inside of
     layers "z" (what heads found, before the output projection), "pattern" (attention), "keys",
-    "values", "hidden" (of the MLP); see `jax_refusal.capture`.
+    "values", "hidden" (of the MLP); see `jax_refusal.sites`.
     Returns site -> array: "none" [prompts, P, L, ...], "mean" over prompts [P, L, ...], "outer"
     means of outer products [P, L, ..., D, D], "project" coordinates [prompts, P, L, ..., M], with
     P the slots of a prompt; see `runtime.captures.capture` for prompts and layers that differ.

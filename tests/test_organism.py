@@ -9,7 +9,7 @@ import pytest
 
 import jax_refusal as jr
 from jax_refusal.artifacts import WorkdirError
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.config import ConfigError, identity
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.edits import Affine, take

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.edits import SITES, Edit
 from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Cache, Tokens, lengths, visible

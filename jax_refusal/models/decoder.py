@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_refusal.capture import NOTHING, Capture, at_slots
+from jax_refusal.sites import NOTHING, Capture, at_slots
 from jax_refusal.edits import Edit
 from jax_refusal.models import gated_input, ops
 from jax_refusal.models.block import block

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.checkpoints import lora
 from jax_refusal.edits import Edit, ablations, identity, rows
 from jax_refusal.models.cache import Tokens

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.edits import Edit
 from jax_refusal.models import cache

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal.capture import NOTHING, Capture
+from jax_refusal.sites import NOTHING, Capture
 from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Edit, num_rows, take
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import PADDING, Tokens

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.data.chat import Chat
 from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Edit
 from jax_refusal.evals.loss import reply_loss

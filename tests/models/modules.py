@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_refusal as jr
-from jax_refusal.capture import NOTHING
+from jax_refusal.sites import NOTHING
 from jax_refusal.models import block
 from jax_refusal.models.cache import Memory, Tokens
 from jax_refusal.models.context import Context, Pass, Site, Weights

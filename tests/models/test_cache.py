@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.edits import SITES, Edit
 from jax_refusal.models.cache import PADDING, SHARED, Cache, Tokens, empty
 from jax_refusal.models.decoder import Output, Transformer

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import jax_refusal as jr
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.checkpoints import hf as convert
 from jax_refusal.edits import SITES
 from jax_refusal.models.cache import Tokens, empty

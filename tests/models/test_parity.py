@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import jax_refusal as jr
-from jax_refusal.capture import Capture
+from jax_refusal.sites import Capture
 from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
