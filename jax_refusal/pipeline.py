@@ -19,7 +19,7 @@ from jax_refusal.data import templates
 from jax_refusal.data.prompts import load_prompts
 from jax_refusal.models import lora
 from jax_refusal.models.loading import read_checkpoint
-from jax_refusal.runtime.collect import Progress, silent
+from jax_refusal.runtime.progress import Progress, silent
 from jax_refusal.runtime.startup import end_stage
 from jax_refusal.session import METRICS, Study, StudyError
 from jax_refusal.sources import fingerprint, locate

@@ -15,8 +15,8 @@ from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.runtime import batching
-from jax_refusal.runtime.collect import Progress
 from jax_refusal.runtime.generate import generate
+from jax_refusal.runtime.progress import Progress
 from jax_refusal.study.directions import IN_WORKDIR
 from jax_refusal.study.selection import Candidate, Selection
 

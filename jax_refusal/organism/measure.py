@@ -19,8 +19,8 @@ from jax_refusal.evals.refusals import is_refusal, rate
 from jax_refusal.models import lora
 from jax_refusal.models.loading import load_model
 from jax_refusal.runtime.batching import Prompts
-from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.generate import generate
+from jax_refusal.runtime.progress import Progress, silent
 from jax_refusal.sources import fingerprint, locate
 
 

@@ -34,9 +34,10 @@ from jax_refusal.organism.config import (
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Lesson, Mediator, step
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
-from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.generate import generate
+from jax_refusal.runtime.progress import Progress, silent
 from jax_refusal.runtime.teach import Pair, pack_pairs
+from jax_refusal.sharding import mesh_of
 from jax_refusal.sources import fingerprint, locate
 
 ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
