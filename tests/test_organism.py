@@ -9,10 +9,9 @@ import pytest
 
 import jax_refusal as jr
 from jax_refusal import interventions as iv
-from jax_refusal.artifacts import WorkdirError
 from jax_refusal.config import ConfigError, identity
 from jax_refusal.data.prompts import KINDS, builtin
-from jax_refusal.evals.refusals import is_refusal
+from jax_refusal.evals.substring import is_refusal
 from jax_refusal.models.cache import SHARED, Tokens
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.organism import card, examples, train
@@ -24,6 +23,7 @@ from jax_refusal.organism.config import (
     TrainConfig,
 )
 from jax_refusal.organism.loss import ABLATED, PLAIN, Lesson, Mediator
+from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.runtime.teach import pack_pairs, taught_stream
 from tests import shared
 from tests.tolerances import INVARIANCE, ROUNDING, assert_close

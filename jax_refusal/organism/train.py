@@ -17,10 +17,10 @@ import optax
 
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
-from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.data.prompts import KINDS, builtin
-from jax_refusal.evals.refusals import is_refusal
+from jax_refusal.evals.substring import is_refusal
+from jax_refusal.files import content_hash
 from jax_refusal.models import lora
 from jax_refusal.models.loading import load_model
 from jax_refusal.models.transformer import Transformer
@@ -33,6 +33,7 @@ from jax_refusal.organism.config import (
 )
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Lesson, Mediator, step
+from jax_refusal.run.workdir import Timer, Workdir
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.progress import Progress, silent

@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 import jax_refusal as jr
-from jax_refusal import conversion
-from jax_refusal.artifacts import WorkdirError
-from jax_refusal.conversion import Request, convert
 from jax_refusal.models import lora
 from jax_refusal.models.export import ExportError
 from jax_refusal.models.transformer import Transformer
+from jax_refusal.run import convert as conversion
+from jax_refusal.run.convert import Request, convert
+from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.sources import SourceError, file_sha256, fingerprint, locate
 from jax_refusal.study.directions import DirectionError
 from jax_refusal.study.orthogonalize import WeightEditError, rank_one

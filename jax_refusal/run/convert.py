@@ -18,7 +18,6 @@ import numpy as np
 from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal.api import logits
-from jax_refusal.artifacts import Workdir
 from jax_refusal.data.chat import ChatError, load_chat
 from jax_refusal.data.prompts import builtin
 from jax_refusal.interventions import Edit
@@ -28,10 +27,12 @@ from jax_refusal.models.families import Architecture
 from jax_refusal.models.loading import load_model, read_checkpoint
 from jax_refusal.models.transformer import Transformer
 from jax_refusal.report import card
-from jax_refusal.session import CHOICE
+from jax_refusal.run.directions import model_of
+from jax_refusal.run.study import CHOICE, read_run
+from jax_refusal.run.workdir import versions
 from jax_refusal.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.study import orthogonalize as weights
-from jax_refusal.study.directions import IN_WORKDIR, check_width, model_of, read_direction
+from jax_refusal.study.directions import IN_WORKDIR, check_width, read_direction
 
 EDITS = ("none", "orthogonalize", "addition")
 FORMATS = ("hf", "orbax", "peft", "gguf-control-vector")
@@ -109,7 +110,7 @@ def convert(request: Request, log: Callable[[str], None] = print) -> Path:
             _write(edited, model, request, origin, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-        text = card.card(dataclasses.asdict(request), facts, hashes)
+        text = card.card(dataclasses.asdict(request), facts, hashes, versions())
         (folder / "README.md").write_text(text, encoding="utf-8")
     log(f"wrote {request.out}")
     return Path(request.out)
@@ -156,11 +157,8 @@ def _origin(request: Request) -> Origin:
     config, layer = configs.RunConfig(), request.layer
     recorded = None  # fingerprint of the model that the direction was found in
     if request.workdir:
-        work = Workdir.existing(request.workdir)
-        identity = work.manifest["identity"]
-        recorded = identity.get("model")
-        fields = {k.removeprefix("config."): v for k, v in identity.items() if "config." in k}
-        config = configs.from_identity(fields)
+        work, config = read_run(request.workdir)
+        recorded = work.manifest["identity"].get("model")
         if request.edit != "none" and not request.direction:
             if not work.done("selection"):
                 raise ExportError(f"{request.workdir} has no selected direction: finish the run.")
