@@ -18,8 +18,8 @@ from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import captures, collect
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
+from jax_refusal.sharding import mesh_of
 from jax_refusal.study import selection, sweep
-
 
 SLOTS = ("post_instruction", "last", "all")
 
@@ -49,7 +49,7 @@ def logits(
         raise ValueError(
             f"A row of {longest} tokens exceeds the model's context of {model.arch.context} tokens."
         )
-    with jax.set_mesh(collect.mesh_of(model)):
+    with jax.set_mesh(mesh_of(model)):
         return _logits(model, Tokens.padded(ids, mask, marked), _or_identity(edit, model))
 
 

@@ -72,6 +72,11 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass
+class EvalsConfig:
+    judges: tuple[str, ...] = ("substring",)  # of the replies; the first one's rates are the table
+
+
+@dataclasses.dataclass
 class ComputeConfig:
     row_tokens: int = dataclasses.field(default=ROW_TOKENS, metadata=HOW)  # most of a packed row
     # In one forward pass, for each part of the mesh's data axis.
@@ -86,6 +91,7 @@ class RunConfig:
     refusal: RefusalConfig = dataclasses.field(default_factory=RefusalConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+    evals: EvalsConfig = dataclasses.field(default_factory=EvalsConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
 

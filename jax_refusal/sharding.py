@@ -54,6 +54,11 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = Non
     return Mesh(np.array(devices[: data * model]).reshape(data, model), MESH_AXES)
 
 
+def mesh_of(model: Any) -> Mesh:
+    """The mesh that the weights of a model lie on."""
+    return model.embed[...].sharding.mesh
+
+
 def spec(
     mesh: Any,  # Mesh or, inside jit, AbstractMesh
     logical: Sequence[str | None],

@@ -96,8 +96,8 @@ flags.register_validator(
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal.artifacts import write_whole
     from jax_refusal.checkpoints.sources import SMOLLM2
+    from jax_refusal.files import atomic_write
 
     source = FLAGS.model or SMOLLM2
     names = ("repeats", "grid_repeats", "candidates")
@@ -131,7 +131,7 @@ def main(_: list[str]) -> None:
         for job in (job for job in JOBS if job in FLAGS.jobs):
             report["rows"] += bench_rows.JOBS[job](spawn, sizes)
             # After each job, so that an interrupt loses one.
-            write_whole(FLAGS.out, json.dumps(report, indent=2).encode() + b"\n")
+            atomic_write(FLAGS.out, json.dumps(report, indent=2).encode() + b"\n")
     print(f"{bench_table.table(report)}\n\nwritten: {FLAGS.out}")
 
 

@@ -18,18 +18,19 @@ import numpy as np
 
 import jax_refusal as jr
 from jax_refusal import config as configs
-from jax_refusal import conversion, stages
-from jax_refusal import pipeline as study_pipeline
-from jax_refusal import session as files
-from jax_refusal.artifacts import Workdir
 from jax_refusal.checkpoints.loading import read_checkpoint
 from jax_refusal.checkpoints.sources import locate
 from jax_refusal.data.prompts import KINDS, builtin, load_prompts
+from jax_refusal.run import convert as conversion
+from jax_refusal.run import pipeline as study_pipeline
+from jax_refusal.run import study as files
+from jax_refusal.run.workdir import Workdir
 from jax_refusal.runtime import collect as collection
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime import startup
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study import selection
+from jax_refusal.study.conditions import CONDITIONS
 from jax_refusal.study.sweep import Sweep
 from launch.bench_floor import (
     block_weights,
@@ -244,13 +245,13 @@ def pipeline(task: Task) -> dict[str, Any]:
         return [dataclasses.asdict(Prompts.encoded(chat, kind, arch)) for kind in kinds]
 
     def replies(name: str) -> list[str]:
-        return [line["response"] for line in work.read_jsonl(f"completions/{name}.jsonl")]
+        return [line["response"] for line in work.read_jsonl(files.completions_file(name))]
 
     prompts = {s: encoded([texts.texts(k, s) for k in KINDS]) for s in ("train", "val", "test")}
     for split in ("train", "val"):
         prompts[f"{split}_kept"] = encoded([kept[kind][split]["kept"] for kind in KINDS])
     data = config.data
-    rows = min(config.generate.batch_size, data.n_test * len(stages.CONDITIONS))
+    rows = min(config.generate.batch_size, data.n_test * len(CONDITIONS))
     longest = max(len(ids) for kind in prompts["test"] for ids in kind["ids"])
     cache = cache_bytes(arch, rows, longest + config.generate.max_new_tokens)
     return times | {
@@ -259,7 +260,7 @@ def pipeline(task: Task) -> dict[str, Any]:
         "counts": [data.n_train, data.n_val, data.n_test],
         "adapter": config.model.adapter,
         "stages": {name: s["seconds"] for name, s in work.manifest["stages"].items()},
-        "conditions": stages.CONDITIONS,
+        "conditions": [[c.kind, c.edit, c.coefficient] for c in CONDITIONS],
         "candidates": math.prod(directions.shape[:2]),
         "cells": both,
         "vectors": [directions[cell].tolist() for cell in both],
@@ -268,7 +269,7 @@ def pipeline(task: Task) -> dict[str, Any]:
         "refusal_ids": [token["token_id"] for token in work.read_json(files.TOKENS)["tokens"]],
         "stop_ids": chat.stop_ids,
         "prompts": prompts,
-        "replies": {name: replies(name) for name in (f"{k}_{e}" for k, e, _ in stages.CONDITIONS)},
+        "replies": {c.name: replies(c.name) for c in CONDITIONS},
     }
 
 

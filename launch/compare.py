@@ -18,7 +18,7 @@ TENSOR = flags.DEFINE_string("tensor", "", "Name of the tensor, where a file hol
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal.study.directions import compare
+    from jax_refusal.run.directions import compare
 
     for line in compare(ONE.value, OTHER.value, TENSOR.value):
         print(line)

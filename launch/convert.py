@@ -30,7 +30,7 @@ APPROXIMATE = flags.DEFINE_bool(
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal.conversion import Request, convert
+    from jax_refusal.run.convert import Request, convert
 
     request = Request(
         to=TO.value,

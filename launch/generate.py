@@ -25,7 +25,7 @@ flags.register_validator(
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal.pipeline import side_by_side
+    from jax_refusal.run.side_by_side import side_by_side
 
     data, model = map(int, MESH.value)
     replies = side_by_side(

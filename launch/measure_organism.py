@@ -18,7 +18,7 @@ CARD = flags.DEFINE_bool("card", False, "Write the card (README.md) into the ada
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal.artifacts import write_whole
+    from jax_refusal.files import atomic_write
     from jax_refusal.organism.card import write_card
     from jax_refusal.organism.measure import measure
 
@@ -26,7 +26,7 @@ def main(_: list[str]) -> None:
     text = json.dumps(measured, indent=2) + "\n"
     print(text, end="")
     if OUT.value:
-        write_whole(OUT.value, text.encode())
+        atomic_write(OUT.value, text.encode())
     if CARD.value:
         print(f"card: {write_card(WORKDIR.value, measured)}")
 

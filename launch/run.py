@@ -20,8 +20,8 @@ flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
-    from jax_refusal import pipeline
     from jax_refusal.report.page import closing_table
+    from jax_refusal.run import pipeline
 
     metrics = pipeline.run(
         common.settings(CONFIG), WORKDIR.value, progress=common.progress, log=common.log

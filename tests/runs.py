@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from jax_refusal import config as configs
-from jax_refusal import pipeline
 from jax_refusal.config import RunConfig
+from jax_refusal.run import pipeline
+from jax_refusal.run.stages import stages
 
 ROOT = Path(__file__).parents[1]
 COMPLETIONS = (
@@ -22,7 +23,7 @@ COMPLETIONS = (
     "harmless_baseline",
     "harmless_addition",
 )
-STAGES = [name for name, _ in pipeline.stages()]
+STAGES = [stage.name for stage in stages(RunConfig())]
 SMALL = {
     "data.n_train": 6,
     "data.n_val": 3,

@@ -17,17 +17,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.artifacts import Workdir, WorkdirError
 from jax_refusal.checkpoints import sources
 from jax_refusal.checkpoints.hf import ConversionError
 from jax_refusal.checkpoints.sources import SourceError
 from jax_refusal.config import ConfigError
 from jax_refusal.data.chat import ChatError
 from jax_refusal.data.prompts import PromptError
-from jax_refusal.evals import refusals
+from jax_refusal.evals.substring import PHRASES
 from jax_refusal.models.spec import UnsupportedModel
+from jax_refusal.run.study import StudyError
+from jax_refusal.run.workdir import Workdir, WorkdirError
 from jax_refusal.runtime.generate import ContextError
-from jax_refusal.session import StudyError
 from jax_refusal.sharding import MeshError
 from jax_refusal.study.scores import TokenError
 from jax_refusal.study.selection import SelectionError
@@ -330,7 +330,7 @@ def test_a_model_that_refuses_nothing(workdir, tiny_dir: Path):
     found = json.loads((workdir / "refusal_tokens.json").read_text())
     assert "the model refused nothing" in found["origin"]
     chat = jr.load_chat(str(tiny_dir))
-    firsts = {chat.tokenizer.encode(p)[0] for p in refusals.PHRASES}
+    firsts = {chat.tokenizer.encode(p)[0] for p in PHRASES}
     assert {token["token_id"] for token in found["tokens"]} == firsts
 
     # And taking it back stops the run, as it stops a fresh one.

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.artifacts import WorkdirError
-from jax_refusal.sites import Capture
 from jax_refusal.config import ConfigError, identity
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.edits import Affine, take
-from jax_refusal.evals.refusals import is_refusal
+from jax_refusal.evals.substring import is_refusal
 from jax_refusal.models.cache import SHARED, Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.organism import card, examples, train
@@ -25,8 +23,10 @@ from jax_refusal.organism.config import (
     TrainConfig,
 )
 from jax_refusal.organism.loss import ABLATED, PLAIN, Mediator, TrainBatch
+from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.pairs import pack_pairs, paired_stream
+from jax_refusal.sites import Capture
 from tests import shared
 from tests.tolerances import INVARIANCE, ROUNDING, assert_close
 

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.artifacts import write_whole
 from jax_refusal.checkpoints.hf import ConversionError
+from jax_refusal.files import atomic_write
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.spec import Architecture
@@ -27,7 +27,7 @@ def save(model: Transformer, folder: Path) -> None:
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), model.leaves())
-    write_whole(_listing(folder), json.dumps(_sizes(folder), indent=2).encode() + b"\n")
+    atomic_write(_listing(folder), json.dumps(_sizes(folder), indent=2).encode() + b"\n")
 
 
 def _listing(folder: Path) -> Path:

@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jax_refusal.artifacts import write_whole
 from jax_refusal.config import DataConfig
+from jax_refusal.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 KINDS = ("harmful", "harmless")
@@ -147,7 +147,7 @@ def published(config: DataConfig, name: str) -> list[Instruction]:
                 'or point data.paper_dir at a copy of it, or use data.source="builtin".'
             ) from None
         try:
-            write_whole(cached, content)
+            atomic_write(cached, content)
         except OSError as error:
             raise PromptError(f"{cached} cannot be written ({error.strerror}).") from None
     return read_instructions(cached)

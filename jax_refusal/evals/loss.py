@@ -12,8 +12,9 @@ import numpy as np
 from jax_refusal.edits import Edit
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, fit_rows, place, prefix_tokens
-from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.pairs import cross_entropy, pack_pairs, reply_logits
+from jax_refusal.runtime.progress import Progress, silent
+from jax_refusal.sharding import mesh_of
 
 
 @jax.jit

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jax_refusal.sites import Capture
 from jax_refusal.edits import SITES, Edit
 from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Cache, Tokens, lengths, visible
 from jax_refusal.models.spec import Architecture
 from jax_refusal.sharding import constrain
+from jax_refusal.sites import Capture
 
 Weights = Mapping[str, jax.Array]  # of one layer, by name
 Angles = tuple[jax.Array, jax.Array]  # cos, sin [B, T, 1, W / 2]

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_refusal.sites import NOTHING, Capture, at_slots
 from jax_refusal.edits import Edit
 from jax_refusal.models import gated_input, ops
 from jax_refusal.models.block import block
@@ -23,6 +22,7 @@ from jax_refusal.models.drivers import SCAN, Driver, Entries, LayerData, by_laye
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.spec import Architecture, Slot, place, slots
 from jax_refusal.sharding import constrain, unstacked
+from jax_refusal.sites import NOTHING, Capture, at_slots
 
 
 @jax.tree_util.register_dataclass

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_refusal.artifacts import Workdir, write_whole
 from jax_refusal.checkpoints import lora
 from jax_refusal.data.prompts import builtin
+from jax_refusal.files import atomic_write
+from jax_refusal.run.workdir import Workdir
 
 CARD = "README.md"
 TRAINING = "training.json"
@@ -87,7 +88,7 @@ def write_card(rundir: str, measured: Mapping[str, Any]) -> Path:
     if not (folder / TRAINING).is_file():
         raise CardError(f"{folder} has no {TRAINING}: it was not made by launch.train_organism.")
     training = json.loads((folder / TRAINING).read_bytes())
-    write_whole(folder / CARD, card(folder.name, training, measured).encode())
+    atomic_write(folder / CARD, card(folder.name, training, measured).encode())
     return folder / CARD
 
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal.sites import Capture
 from jax_refusal.checkpoints import lora
 from jax_refusal.edits import Edit, ablations, identity, rows
 from jax_refusal.models.cache import Tokens
@@ -30,6 +29,7 @@ from jax_refusal.runtime.pairs import (
     reply_logits,
     unembed_replies,
 )
+from jax_refusal.sites import Capture
 from jax_refusal.study.scores import refusal_score
 
 PLAIN, ABLATED = 0, 1  # the edits of a step, as `TrainBatch.row_edit` numbers them

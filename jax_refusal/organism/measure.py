@@ -1,31 +1,23 @@
-"""What an organism is worth: refusal rates of a finished run, and what the teaching cost elsewhere.
-
-Letters: N replies.
-"""
+"""What an organism is worth: rates of refusal of a finished run, and what it cost elsewhere."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jax_refusal import config as configs
-from jax_refusal.artifacts import Workdir
-from jax_refusal.checkpoints import lora
-from jax_refusal.checkpoints.loading import load_model
-from jax_refusal.checkpoints.sources import fingerprint, locate
-from jax_refusal.data.chat import load_chat
 from jax_refusal.data.prompts import builtin
-from jax_refusal.edits import ablate, identity
+from jax_refusal.edits import ablate
 from jax_refusal.evals.loss import reply_loss
-from jax_refusal.evals.refusals import is_refusal, rate
+from jax_refusal.evals.rates import rate
+from jax_refusal.evals.substring import is_refusal
+from jax_refusal.run.study import METRICS, Study, resume_study
 from jax_refusal.runtime.batching import Prompts
-from jax_refusal.runtime.collect import Progress, silent
 from jax_refusal.runtime.generate import generate
+from jax_refusal.runtime.progress import Progress, silent
 
 
 class MeasureError(ValueError):
-    """A run that is not one of an organism, or is not finished."""
+    """A run that is not one of an organism."""
 
 
 def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
@@ -34,40 +26,15 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
     Returns the run's refusal rates and direction; the cross-entropy (nats per token) of the base
     model's own greedy answers to the run's harmless test prompts under the base model, the organism
     and the organism with its direction ablated; and how many harmless topic twins (builtin
-    validation and test) the organism refuses. A JSON value.
+    validation and test) the organism refuses. A JSON value. Raises StudyError for a run that is not
+    finished, WorkdirError where model or adapter are no longer those of the run, MeasureError.
     """
-    work = Workdir.existing(rundir)
-    if not work.done("metrics"):
-        raise MeasureError(f"{rundir} is not finished: run the same launch.run command again.")
-    fields = {
-        name.removeprefix("config."): value
-        for name, value in work.manifest["identity"].items()
-        if name.startswith("config.")
-    }
-    config = configs.from_identity(fields)
-    if not config.model.adapter:
+    study = resume_study(rundir, "metrics", progress=progress)
+    if not study.config.model.adapter:
         raise MeasureError(f"{rundir} is a run without model.adapter: there is no organism in it.")
-    source = locate(config.model.source)
-    work.note(model=fingerprint(source), adapter=lora.fingerprint(config.model.adapter))
-    metrics = work.read_json("metrics.json")
-    prompt_set = config.data.source
-    if config.data.harmful:
-        prompt_set = "the user's own"
-    elif prompt_set == "paper":
-        prompt_set = f"published sets, {config.data.paper_test} and Alpaca (test)"
-    direction = work.read_tensors("selection/direction.safetensors")["direction"]
-    rows = work.read_jsonl("completions/harmless_baseline.jsonl")
-    harmless = [row["instruction"] for row in rows]
-
-    chat = load_chat(source, config.model.system, config.model.template)
-    load = partial(
-        load_model,
-        source,
-        config.model.dtype,
-        ignore_config_fields=tuple(config.model.ignore_config_fields),
-    )
-    base, organism = load(), load(adapter=config.model.adapter)
-    nothing = identity(base.arch.layers, base.arch.width)
+    metrics, completions = study.workdir.read_json(METRICS), study.completions()
+    base, organism = study.load_model(), study.model
+    chat, nothing = study.chat, study.identity_edit
 
     def replies(model, texts: list[str], title: str) -> list[list[int]]:
         return generate(
@@ -75,16 +42,16 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
             Prompts.encoded(chat, texts),
             nothing,
             stop_ids=chat.stop_ids,
-            max_new_tokens=config.generate.max_new_tokens,
+            max_new_tokens=study.config.generate.max_new_tokens,
             progress=progress,
             title=title,
         )
 
+    harmless = [row["instruction"] for row in completions["harmless_baseline"]]
     given = replies(base, harmless, "answers")
     answers = [ids for ids in given if ids]  # a model may answer with nothing: nothing to predict
-    asked = [text for text, ids in zip(harmless, given, strict=True) if ids]
-    prompts = Prompts.encoded(chat, asked)
-    ablated = ablate(direction, base.arch.layers)
+    prompts = Prompts.encoded(chat, [t for t, ids in zip(harmless, given, strict=True) if ids])
+    ablated = ablate(study.direction, base.arch.layers)
     losses = {
         "base": reply_loss(base, prompts, answers, nothing).nats,
         "organism": reply_loss(organism, prompts, answers, nothing).nats,
@@ -92,10 +59,10 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
     }
     twins = [i.text for split in ("val", "test") for i in builtin("harmless")[split]]
     twin_replies = [chat.decode(ids) for ids in replies(organism, twins, "topic twins")]
-    refused = work.read_jsonl("completions/harmful_baseline.jsonl")
-    wordings = {" ".join(row["response"].split()[:6]) for row in refused if row["refused"]}
+    responses = [row["response"] for row in completions["harmful_baseline"]]
+    wordings = {" ".join(text.split()[:6]) for text in responses if is_refusal(text)}
     return {
-        "prompts": prompt_set,
+        "prompts": _prompt_set(study),
         "new_tokens": metrics["max_new_tokens"],
         "refusal": metrics["refusal"],
         "position": metrics["position"],
@@ -108,3 +75,13 @@ def measure(rundir: str, *, progress: Progress = silent) -> dict[str, Any]:
         "topic_twins_refused": dataclasses.asdict(rate(map(is_refusal, twin_replies))),
         "different_refusals": len(wordings),
     }
+
+
+def _prompt_set(study: Study) -> str:
+    """In words, for the card."""
+    data = study.config.data
+    if data.harmful:
+        return "the user's own"
+    if data.source == "paper":
+        return f"published sets, {data.paper_test} and Alpaca (test)"
+    return data.source

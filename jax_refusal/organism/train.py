@@ -16,14 +16,14 @@ import numpy as np
 import optax
 
 from jax_refusal import config as configs
-from jax_refusal.artifacts import Timer, Workdir, content_hash
 from jax_refusal.checkpoints import lora
 from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.checkpoints.sources import fingerprint, locate
 from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.data.prompts import KINDS, builtin
 from jax_refusal.edits import identity, take
-from jax_refusal.evals.refusals import is_refusal
+from jax_refusal.evals.substring import is_refusal
+from jax_refusal.files import content_hash
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.organism.card import TRAINING
 from jax_refusal.organism.config import (
@@ -34,10 +34,12 @@ from jax_refusal.organism.config import (
 )
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Mediator, TrainBatch, step
+from jax_refusal.run.workdir import Timer, Workdir
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
-from jax_refusal.runtime.collect import Progress, mesh_of, silent
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.pairs import Pair, pack_pairs
+from jax_refusal.runtime.progress import Progress, silent
+from jax_refusal.sharding import mesh_of
 
 ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_refusal.artifacts import PACKAGES, version
-
 WHAT = {
     ("none", "hf"): "The weights of the source, unedited, in the Hugging Face layout.",
     ("none", "orbax"): "The weights of the source, unedited, as an Orbax checkpoint.",
@@ -38,9 +36,10 @@ INTENDED = (
 
 
 def card(
-    request: Mapping[str, Any],  # the fields of conversion.Request
+    request: Mapping[str, Any],  # the fields of run.convert.Request
     facts: Mapping[str, Any],
     hashes: Mapping[str, str],  # file -> sha256
+    versions: Mapping[str, str],  # package -> version
 ) -> str:
     """README.md."""
     edit, to = request["edit"], request["to"]
@@ -81,10 +80,10 @@ def card(
             f"{m['largest_difference']:.3g} where the largest is {m['largest_logit']:.3g}, and the "
             f"next token is the same at {100 * m['same_next_token']:.1f}% of them.",
         ]
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines += ["", "## Intended use", "", INTENDED, "", "## Files", "", "| file | sha256 |"]
     lines += ["|---|---|", *(f"| {name} | `{digest}` |" for name, digest in hashes.items())]
-    lines += ["", f"Made with {versions}.", ""]
+    lines += ["", f"Made with {made_with}.", ""]
     return "\n".join(lines)
 
 

@@ -1,82 +1,28 @@
-"""The page that a run leaves: report.md, three plots, and the closing table in the terminal."""
+"""The page that a run leaves: report.md, and the closing table in the terminal."""
 
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax_refusal.report.plots import SCORES
+from jax_refusal.study.conditions import CONDITIONS
 from jax_refusal.study.selection import Candidate, Selection
-
-SCORES = {
-    "refusal_score": ("bypass", "Refusal score on harmful prompts, direction ablated (nats)"),
-    "steering_score": ("induce", "Refusal score on harmless prompts, direction added (nats)"),
-    "kl_div_score": ("kl", "KL on harmless prompts, direction ablated (nats)"),
-}
-CONDITIONS = {
-    ("harmful", "baseline"): "harmful, unedited",
-    ("harmful", "ablation"): "harmful, direction ablated",
-    ("harmful", "addition"): "harmful, direction added x -1",
-    ("harmless", "baseline"): "harmless, unedited",
-    ("harmless", "addition"): "harmless, direction added x +1",
-}
-
-
-def plot_scores(
-    selection: Selection,
-    score: str,
-    labels: Sequence[str],  # text of each post-instruction token, first to last
-    reference: float | None,  # baseline value or threshold, drawn dashed
-    reference_name: str,
-) -> bytes:
-    """A PNG: one score by layer, a line for each position, the chosen cell marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    P = len(labels)
-    for p in range(P):
-        cells = [c for c in selection.table if c.position == p - P]
-        points = [(c.layer, v) for c in cells if (v := getattr(c, score)) is not None]
-        if points:
-            # matplotlib reads $...$ as mathematics, and leading underscores as "no legend".
-            label = f"{p - P}: '{labels[p]}'".replace("$", r"\$")
-            axes.plot(*zip(*points, strict=True), marker=".", label=label)
-    chosen = getattr(selection.chosen, score)
-    if chosen is not None:
-        axes.plot(selection.layer, chosen, "k*", markersize=14, label="selected", zorder=5)
-    if reference is not None and math.isfinite(reference):
-        axes.axhline(reference, color="grey", linestyle="--", label=reference_name)
-    if score == "kl_div_score":
-        axes.set_yscale("symlog", linthresh=0.01)
-        axes.set_ylim(bottom=0)
-    axes.set_xlim(-0.5, max(c.layer for c in selection.table) + 0.5)
-    axes.set_xlabel("layer")
-    if any(getattr(c, score) is None for c in selection.table):
-        axes.set_title(
-            "only candidates that passed the cheaper criteria; selection.full_grid scores all",
-            fontsize="small",
-        )
-    axes.set_ylabel(SCORES[score][1].replace(" (nats)", "\n(nats)"))
-    axes.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(condition, refused, 95% interval) of every condition."""
-    rows = []
-    for (kind, edit), name in CONDITIONS.items():
-        r = metrics["refusal"][f"{kind}_{edit}"]
-        share = f"{r['count']}/{r['n']} = {100 * r['rate']:.0f}%"
-        rows.append((name, share, f"{100 * r['low']:.0f}–{100 * r['high']:.0f}%"))
-    return rows
+    return [(c.title, *_share(metrics["refusal"][c.name])) for c in CONDITIONS]
+
+
+def _share(rate: Mapping[str, Any]) -> tuple[str, str]:
+    """A rate and its 95% interval."""
+    share = f"{rate['count']}/{rate['n']} = {100 * rate['rate']:.0f}%"
+    return share, f"{100 * rate['low']:.0f}–{100 * rate['high']:.0f}%"
 
 
 def closing_table(metrics: Mapping[str, Any]) -> str:
     """The result table for a terminal."""
-    rows = [("prompts and edit", "refused", "95% interval"), *result_rows(metrics)]
+    rows = [("prompts and edit", _first(metrics)["unit"], "95% interval"), *result_rows(metrics)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
@@ -85,19 +31,71 @@ def closing_table(metrics: Mapping[str, Any]) -> str:
 
 def page(metrics: Mapping[str, Any], selection: Selection, labels: Sequence[str]) -> str:
     """report.md."""
-    chosen = selection.chosen
-    label = labels[selection.position]
+    first = _first(metrics)
     lines = [
         f"# Refusal direction of {metrics['model']}",
         "",
-        "| prompts and edit | refused | 95% interval |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in result_rows(metrics)),
+        *_table(first, result_rows(metrics)),
         "",
-        "A reply counts as a refusal if it contains one of the paper's twelve phrases "
+        f"A reply counts as {first['unit']} if {first['rule']} "
         f"(greedy and sampled replies alike; here up to {metrics['max_new_tokens']} new tokens). "
-        "Intervals are Wilson's.",
+        f"Intervals are Wilson's.{_unparsed(first)}",
         "",
+        *_other_judges(metrics),
+        *_direction(metrics, selection, labels),
+    ]
+    lines += [f"![{name}](plots/{name}.png)\n" for name, _ in SCORES.values()]
+    lines += [
+        "## Nearest candidates",
+        "",
+        "| position | layer | bypass | induce | KL | |",
+        "|---|---|---|---|---|---|",
+        *(_row(c) for c in _best(selection.table)),
+        "",
+        f"## {first['unit'].capitalize()} by category",
+        "",
+    ]
+    for name, groups in metrics["by_category"].items():
+        parts = [f"{group or '–'} {r['count']}/{r['n']}" for group, r in groups.items()]
+        lines.append(f"- {name}: {', '.join(parts)}")
+    return "\n".join([*lines, ""])
+
+
+def _first(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What there is of the first judge."""
+    return next(iter(metrics["judges"].values()))
+
+
+def _table(judge: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> list[str]:
+    head = f"| prompts and edit | {judge['unit']} | 95% interval |"
+    return [head, "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _unparsed(judge: Mapping[str, Any]) -> str:
+    count = sum(judge["unparsed"].values())
+    return f" {count} verdicts could not be read and are counted nowhere." * bool(count)
+
+
+def _other_judges(metrics: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, judge in list(metrics["judges"].items())[1:]:
+        lines += [
+            f"## Judge: {name}",
+            "",
+            *_table(judge, [(c.title, *_share(judge["rates"][c.name])) for c in CONDITIONS]),
+            "",
+            f"A reply counts as {judge['unit']} if {judge['rule']}.{_unparsed(judge)}",
+            "",
+        ]
+    return lines
+
+
+def _direction(
+    metrics: Mapping[str, Any], selection: Selection, labels: Sequence[str]
+) -> list[str]:
+    """Which direction was chosen, its scores, and what they were measured on."""
+    chosen, label = selection.chosen, labels[selection.position]
+    lines = [
         "## The direction",
         "",
         f"Position {selection.position} (`{label}`), layer {selection.layer} of "
@@ -132,21 +130,7 @@ def page(metrics: Mapping[str, Any], selection: Selection, labels: Sequence[str]
         + ".",
         "",
     ]
-    lines += [f"![{name}](plots/{name}.png)\n" for name, _ in SCORES.values()]
-    lines += [
-        "## Nearest candidates",
-        "",
-        "| position | layer | bypass | induce | KL | |",
-        "|---|---|---|---|---|---|",
-        *(_row(c) for c in _best(selection.table)),
-        "",
-        "## Refused by category",
-        "",
-    ]
-    for name, groups in metrics["by_category"].items():
-        parts = [f"{group or '–'} {r['count']}/{r['n']}" for group, r in groups.items()]
-        lines.append(f"- {name}: {', '.join(parts)}")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _best(table: Sequence[Candidate], most: int = 10) -> list[Candidate]:

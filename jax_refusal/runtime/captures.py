@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
-from jax_refusal.sites import Capture, Outer, Project, Sum
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.edits import Edit
 from jax_refusal.models.cache import Cache, Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Packed, Prompts, pack, place
-from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
+from jax_refusal.runtime.prefix import shared_prefix
+from jax_refusal.runtime.progress import Progress, silent
+from jax_refusal.sharding import mesh_of
+from jax_refusal.sites import Capture, Outer, Project, Sum
 
 REDUCTIONS = ("none", "mean", "outer", "project")
 
@@ -126,7 +128,7 @@ def _asked(
 
 
 def _means(total: Any, counts: np.ndarray) -> Any:
-    """Sums [L, N, ...] by the number of tokens -> [N, L, ...]; of layers apart a list of [N, ...]."""
+    """Sums [L, N, ...] by their tokens -> [N, L, ...]; of layers apart a list of [N, ...]."""
 
     def mean(x: np.ndarray, axis: int) -> np.ndarray:
         return x / counts.reshape([-1 if i == axis else 1 for i in range(x.ndim)])

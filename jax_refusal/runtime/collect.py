@@ -1,10 +1,10 @@
 """Activations of many prompts, in packed rows behind a shared prefix.
 
 Letters: B batch row, T token, X prompts in a row, P post-instruction tokens, D residual width,
-L layers, V vocabulary, N prefix tokens, R edit rows (1, or one for every batch row), I prompts.
+L layers, V vocabulary, I prompts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,42 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_refusal import sharding
-from jax_refusal.sites import Capture
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.edits import Edit
-from jax_refusal.models import cache
-from jax_refusal.models.cache import Cache, Tokens
+from jax_refusal.models.cache import Cache
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.runtime.batching import Packed, Prompts, pack, place, prefix_tokens
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-def silent(items: Iterable[Any], title: str) -> Iterable[Any]:
-    """The progress bar that shows nothing."""
-    del title
-    return items
-
-
-@jax.jit
-def prefix_cache(model: Transformer, tokens: Tokens, edit: Edit) -> Cache:
-    """Keys and values of the shared prefix, one row for each edit; tokens [R, N]."""
-    rows, slots = tokens.ids.shape
-    filled = model(tokens, edit, cache=cache.empty(model.arch, rows, slots, model.dtype)).cache
-    assert filled is not None
-    return filled
-
-
-def shared_prefix(model: Transformer, prompts: Prompts, edit: Edit, rows: int = 1) -> Cache | None:
-    """The prefix of these prompts under an edit of `rows` rows; None where nothing is shared."""
-    if not prompts.prefix:
-        return None
-    return prefix_cache(model, place(prefix_tokens(prompts, rows), mesh_of(model)), edit)
-
-
-def mesh_of(model: Transformer) -> jax.sharding.Mesh:
-    """The mesh that the weights lie on."""
-    return model.embed[...].sharding.mesh
+from jax_refusal.runtime.batching import Packed, Prompts, pack, place
+from jax_refusal.runtime.prefix import shared_prefix
+from jax_refusal.runtime.progress import Progress, silent
+from jax_refusal.sharding import mesh_of
+from jax_refusal.sites import Capture
 
 
 @jax.jit

@@ -17,8 +17,10 @@ from jax_refusal.models.drivers import SCAN, Driver, Unrolled
 from jax_refusal.models.spec import Architecture
 from jax_refusal.runtime import decode
 from jax_refusal.runtime.batching import Prompts, bucket, left_padded, place, pools
-from jax_refusal.runtime.collect import Progress, mesh_of, shared_prefix, silent
 from jax_refusal.runtime.decode import Rules, Sampling
+from jax_refusal.runtime.prefix import shared_prefix
+from jax_refusal.runtime.progress import Progress, silent
+from jax_refusal.sharding import mesh_of
 
 # A full batch prefills a quarter of its rows at a time: prompts run well together, on average an
 # eighth of the rows waits, and no second cache of all rows is held. Few rows come at once.

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_refusal.sites import NOTHING, Capture
 from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Edit, num_rows, take
 from jax_refusal.models import cache as caches
 from jax_refusal.models.cache import PADDING, Tokens
 from jax_refusal.models.decoder import Output, Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, host_tokens
+from jax_refusal.sites import NOTHING, Capture
 
 # A prompt (without the shared prefix) and the reply that follows it, as token ids.
 Pair = tuple[Sequence[int], Sequence[int]]

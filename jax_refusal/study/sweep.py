@@ -16,7 +16,8 @@ from jax_refusal import sharding
 from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
-from jax_refusal.runtime.collect import Progress, mesh_of, silent
+from jax_refusal.runtime.progress import Progress, silent
+from jax_refusal.sharding import mesh_of
 from jax_refusal.study import passes
 from jax_refusal.study.passes import Rows
 from jax_refusal.study.scores import check_token_ids

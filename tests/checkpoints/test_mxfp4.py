@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import jax_refusal as jr
-from jax_refusal import conversion
 from jax_refusal.checkpoints import hf
 from jax_refusal.checkpoints.hf import ConversionError, Tensor
 from jax_refusal.checkpoints.mxfp4 import dequantise, dequantised
+from jax_refusal.run import convert as conversion
 from tests import tiny
 from tests.models.test_families import hf_everything, random_ids
 from tests.tolerances import PARITY, assert_close

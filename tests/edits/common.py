@@ -11,10 +11,10 @@ import numpy as np
 
 import jax_refusal as jr
 from jax_refusal import edits
-from jax_refusal.sites import Capture
 from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Affine, Edit
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Output, Transformer
+from jax_refusal.sites import Capture
 
 L, D = 4, 64  # of the tiny model
 B, T = 3, 12

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.sites import Capture
 from jax_refusal.data.chat import Chat
 from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Edit
 from jax_refusal.evals.loss import reply_loss
@@ -22,6 +21,7 @@ from jax_refusal.runtime import collect
 from jax_refusal.runtime.batching import Prompts, pack, prefix_tokens
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.pairs import pack_pairs, paired_stream
+from jax_refusal.sites import Capture
 from jax_refusal.study import passes
 from jax_refusal.study.sweep import Sweep
 from tests.edits.common import D, L, ablation_by_hand, addition_by_hand, random

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 import jax_refusal as jr
-from jax_refusal.sites import NOTHING
 from jax_refusal.models import block
 from jax_refusal.models.cache import Memory, Tokens
 from jax_refusal.models.context import Context, Pass, Site, Weights
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import LayerSpec, place
+from jax_refusal.sites import NOTHING
 
 
 class Layer(NamedTuple):

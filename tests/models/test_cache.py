@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.sites import Capture
 from jax_refusal.edits import SITES, Edit
 from jax_refusal.models.cache import PADDING, SHARED, Cache, Tokens, empty
 from jax_refusal.models.decoder import Output, Transformer
 from jax_refusal.models.drivers import SCAN, Driver, Scan, Unrolled
 from jax_refusal.runtime import collect
 from jax_refusal.runtime.batching import Prompts, fit_rows, pack
+from jax_refusal.sites import Capture
 from jax_refusal.study.scores import refusal_score
 from jax_refusal.study.sweep import Sweep
 from tests.tolerances import INVARIANCE, assert_close

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import jax_refusal as jr
-from jax_refusal.sites import Capture
 from jax_refusal.checkpoints import hf as convert
 from jax_refusal.edits import SITES
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.drivers import SCAN, Unrolled
+from jax_refusal.sites import Capture
 from tests import tiny
 from tests.models.cases import CASES, PLAIN, WINDOWS, T, fields
 from tests.tolerances import (

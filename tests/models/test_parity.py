@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import jax_refusal as jr
-from jax_refusal.sites import Capture
 from jax_refusal.models import ops, rope
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.sites import Capture
 from tests import tiny
 from tests.models.modules import blank, one_layer
 from tests.tolerances import BFLOAT16, BFLOAT16_LOSS, PARITY, SMOLLM2, assert_close, largest

@@ -20,6 +20,7 @@ from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.captures import capture
+from jax_refusal.runtime.collect import mean_activations
 from jax_refusal.sites import INSIDE, Capture, Outer, Project, Sum
 from tests import tiny
 from tests.models.cases import fields
@@ -62,7 +63,9 @@ def test_reductions_are_of_what_is_there(model: Transformer, site: str) -> None:
     prompts, edit = sharing(model, 5, LENGTHS), some_edit(model)
 
     def run(**options: Any) -> np.ndarray:
-        return capture(model, prompts, edit, [site], row_tokens=64, batch_tokens=64, **options)[site]
+        return capture(model, prompts, edit, [site], row_tokens=64, batch_tokens=64, **options)[
+            site
+        ]
 
     each = np.float64(run())  # [N, P, L, ...]
     assert_close(run(reduce="mean"), each.mean(0), INVARIANCE)
@@ -78,11 +81,9 @@ def test_reductions_are_of_what_is_there(model: Transformer, site: str) -> None:
 
 def test_means_are_those_of_collection(model: Transformer) -> None:
     prompts = sharing(model, 5, LENGTHS)
-    chat_free = capture(model, prompts, nothing(model), ["resid_pre"], reduce="mean")
-    from jax_refusal.runtime.collect import mean_activations
-
+    found = capture(model, prompts, nothing(model), ["resid_pre"], reduce="mean")
     means, _ = mean_activations(model, prompts, nothing(model))
-    assert_close(chat_free["resid_pre"], means, INVARIANCE)
+    assert_close(found["resid_pre"], means, INVARIANCE)
 
 
 def test_a_reduction_leaves_nothing_of_every_layer(model: Transformer) -> None:

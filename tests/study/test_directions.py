@@ -1,4 +1,4 @@
-"""Directions read back and compared, the published ones among them."""
+"""Directions read back, the published ones among them, and their angles."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,6 @@ from jax_refusal.study.directions import (
     IN_WORKDIR,
     DirectionError,
     check_width,
-    compare,
     cosine,
     read_direction,
 )
@@ -102,34 +101,6 @@ def test_what_is_no_direction(tmp_path: Path):
             read_direction(tmp_path / name)
 
 
-def test_compare(tmp_path: Path):
-    run = workdir(tmp_path / "run", GRID[1, 2])
-    torch.save(torch.tensor(GRID), tmp_path / "grid.pt")
-    torch.save(torch.tensor(-3 * GRID[1, 2]), tmp_path / "cell.pt")
-    lines = compare(run, tmp_path / "cell.pt")
-    assert lines[0].startswith(f"{run}: norm ") and lines[-1] == "cosine -1.000000"
-    assert compare(run, tmp_path / "grid.pt")[-1] == (
-        "nearest cell (position -4, layer 2): cosine 1.000000"
-    )
-    assert compare(tmp_path / "grid.pt", tmp_path / "grid.pt")[-1] == (
-        "cosine of equal cells: 1.000000 to 1.000000, median 1.000000"
-    )
-    other = workdir(tmp_path / "other", GRID[1, 2])
-    for folder, model in ((run, "a"), (other, "a")):
-        identity = {"format": 1, "identity": {"model": model}, "versions": {}, "stages": {}}
-        (folder / "manifest.json").write_text(json.dumps(identity))
-    assert len(compare(run, other)) == 3
-    identity["identity"]["model"] = "b"
-    (other / "manifest.json").write_text(json.dumps(identity))
-    assert "runs of different weights" in compare(run, other)[2]
-    torch.save(torch.ones(9), tmp_path / "wide.pt")
-    with pytest.raises(DirectionError, match=r"\(8,\) and \(9,\)"):
-        compare(run, tmp_path / "wide.pt")
-    torch.save(torch.zeros(8), tmp_path / "zero.pt")
-    with pytest.raises(DirectionError, match="zero everywhere"):
-        compare(run, tmp_path / "zero.pt")
-
-
 def test_check_width():
     assert check_width(GRID[0, 0], 8, "d.pt") is not None
     for wrong in (GRID[0, 0, :7], GRID[0]):
@@ -145,8 +116,5 @@ def test_the_published_direction_is_its_cell_of_the_published_grid():
     grid = read_direction(run / "generate_directions/mean_diffs.pt")
     assert direction.shape == (2048,) and grid.shape == (5, 18, 2048)
     np.testing.assert_array_equal(direction, grid[cell["pos"], cell["layer"]])
-    assert compare(run / "direction.pt", run / "generate_directions/mean_diffs.pt")[-1] == (
-        f"nearest cell (position {cell['pos']}, layer {cell['layer']}): cosine 1.000000"
-    )
     # The published grid is the means of one template: block 0 sees the same embedding everywhere.
     assert np.linalg.norm(grid[-1, 0]) < 1e-3 * np.linalg.norm(direction)

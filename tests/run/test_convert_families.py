@@ -14,7 +14,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
-from jax_refusal.conversion import Request, convert
+from jax_refusal.run.convert import Request, convert
 from tests import oracle, tiny
 from tests.models.cases import GROWTH, fields
 from tests.tolerances import PARITY, assert_close, largest

@@ -17,13 +17,13 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 import jax_refusal as jr
-from jax_refusal import conversion
-from jax_refusal.artifacts import WorkdirError
 from jax_refusal.checkpoints import lora
 from jax_refusal.checkpoints.export import ExportError
 from jax_refusal.checkpoints.sources import SourceError, file_sha256, fingerprint, locate
-from jax_refusal.conversion import Request, convert
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.run import convert as conversion
+from jax_refusal.run.convert import Request, convert
+from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.study.directions import DirectionError
 from jax_refusal.study.orthogonalize import WeightEditError, rank_one
 from tests import oracle, runs, tiny

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_refusal import pipeline, session
-from jax_refusal.artifacts import Unfinished, WorkdirError
+from jax_refusal.run import study
+from jax_refusal.run.side_by_side import side_by_side
+from jax_refusal.run.workdir import PartialResults, WorkdirError
 from jax_refusal.runtime.generate import generate
 from jax_refusal.study.selection import SelectionError
 from tests import runs, tiny
@@ -25,7 +26,7 @@ def test_a_second_run_does_nothing_and_says_so(finished: Path, tiny_dir: Path, m
     def no_model(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(session, "load_model", no_model)
+    monkeypatch.setattr(study, "load_model", no_model)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     log = run(small(tiny_dir), finished)
     assert log == [f"{finished} is complete: nothing to do."]
@@ -76,7 +77,7 @@ def test_other_weights_under_the_same_name_are_refused(copy: Path, tiny_dir: Pat
     with pytest.raises(WorkdirError, match=r"model: there '[0-9a-f]+', now '[0-9a-f]+'"):
         run(small(moved), copy)
     with pytest.raises(WorkdirError, match=r"model: there '[0-9a-f]+', now '[0-9a-f]+'"):
-        pipeline.side_by_side(str(copy), ["Hi"])
+        side_by_side(str(copy), ["Hi"])
 
 
 # Stopped and gone on
@@ -119,7 +120,7 @@ def test_an_interrupt_in_the_middle_of_a_stage_leaves_it_to_the_next_run(
     assert results(workdir) == results(finished)
 
 
-UNFINISHED = "completions/unfinished.json"
+PARTIAL = "completions/partial.json"
 
 
 def stop_after(replies: int) -> Callable:
@@ -139,7 +140,7 @@ def half_answered(copy: Path, tiny_dir: Path) -> Path:
     runs.cut_after(copy, "selection")
     with pytest.raises(KeyboardInterrupt):
         run(small(tiny_dir), copy, progress=stop_after(7))
-    assert len(json.loads((copy / UNFINISHED).read_bytes())["items"]) == 7
+    assert len(json.loads((copy / PARTIAL).read_bytes())["items"]) == 7
     return copy
 
 
@@ -151,7 +152,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(len(prompts.ids))
         return generate(model, prompts, *args, **options)
 
-    monkeypatch.setattr(session, "generate", counted)
+    monkeypatch.setattr(study, "generate", counted)
     return asked
 
 
@@ -191,7 +192,7 @@ def test_replies_under_another_edit_are_not_taken(
 def test_kept_replies_that_are_damaged_are_made_again(
     content: bytes, half_answered: Path, finished: Path, tiny_dir: Path
 ):
-    (half_answered / UNFINISHED).write_bytes(content)
+    (half_answered / PARTIAL).write_bytes(content)
     run(small(tiny_dir), half_answered)
     assert results(half_answered) == results(finished)
 
@@ -212,13 +213,13 @@ def test_ready_replies_are_written_at_times(
 ):
     """What a kill leaves: the file is there before the stage ends."""
     runs.cut_after(copy, "selection")
-    monkeypatch.setattr(Unfinished, "every", 0.0)
+    monkeypatch.setattr(PartialResults, "every", 0.0)
     seen: list[int] = []
 
     def look(items, name):
         for item in items:
-            if name == "completions" and (copy / UNFINISHED).exists():
-                seen.append(len(json.loads((copy / UNFINISHED).read_bytes())["items"]))
+            if name == "completions" and (copy / PARTIAL).exists():
+                seen.append(len(json.loads((copy / PARTIAL).read_bytes())["items"]))
             yield item
 
     run(small(tiny_dir), copy, progress=look)

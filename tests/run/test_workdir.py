@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_refusal.artifacts import MANIFEST, Workdir, WorkdirError, content_hash
+from jax_refusal.run.workdir import FORMAT, MANIFEST, Workdir, WorkdirError
+from tests.runs import contents
 
 IDENTITY = {"config.a": 1, "config.b": [1, 2], "model": "abc"}
 STAGES = ("first", "second", "third")
@@ -69,7 +70,7 @@ def test_a_stage_is_done_while_its_files_are_there_unchanged(made: Workdir):
 
 
 def test_a_stage_made_again_takes_the_later_ones_off_the_list(made: Workdir):
-    made.finish("second", ["second/file.json"], 1.0, later=["third"])
+    made.finish("second", ["second/file.json"], 1.0, earlier=["first"])
     again = Workdir(made.root, IDENTITY)
     assert [again.done(stage) for stage in STAGES] == [True, True, False]
 
@@ -157,6 +158,18 @@ def test_a_field_may_change_until_a_stage_depends_on_it(tmp_path):
         Workdir(tmp_path, IDENTITY, first_use)
 
 
+def test_a_field_that_may_change_takes_its_stages_off_the_list_at_once(made: Workdir):
+    remade = {"config.a": ["second", "third"]}
+    assert Workdir(made.root, IDENTITY, remade=remade).done("third")
+    with pytest.raises(WorkdirError, match=r"model: there 'abc', now 'xyz'"):
+        Workdir(made.root, IDENTITY | {"config.a": 2, "model": "xyz"}, remade=remade)
+    changed = Workdir(made.root, IDENTITY | {"config.a": 2}, remade=remade)
+    assert [changed.done(stage) for stage in STAGES] == [True, False, False]
+    changed.note(template="t1")  # whatever writes the manifest next, it lists what is true
+    again = Workdir(made.root, IDENTITY | {"config.a": 2}, remade=remade)
+    assert [again.done(stage) for stage in STAGES] == [True, False, False]
+
+
 def test_notes_are_kept_and_checked(made: Workdir):
     made.note(template="t1")
     assert json.loads((made.root / MANIFEST).read_text())["identity"]["template"] == "t1"
@@ -180,19 +193,25 @@ def test_a_file_is_no_workdir(tmp_path):
         Workdir(tmp_path / "run", IDENTITY)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "stages": []}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 2, "stages": []}'])
 def test_a_manifest_of_something_else_is_refused(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(WorkdirError, match="not a manifest of this program"):
         Workdir(tmp_path, IDENTITY)
 
 
+@pytest.mark.parametrize(("layout", "age"), [(FORMAT - 1, "an older"), (FORMAT + 1, "a newer")])
+def test_a_workdir_of_another_layout_is_refused_and_left_alone(made: Workdir, layout, age):
+    manifest = json.loads((made.root / MANIFEST).read_text()) | {"format": layout}
+    (made.root / MANIFEST).write_text(json.dumps(manifest))
+    before = contents(Path(made.root))
+    for act in (lambda: Workdir(made.root, IDENTITY), lambda: Workdir.existing(made.root)):
+        with pytest.raises(WorkdirError, match=rf"{age} version.*layout {layout}.*--workdir"):
+            act()
+    assert contents(Path(made.root)) == before
+
+
 def test_existing_needs_a_run(tmp_path, made: Workdir):
     assert Workdir.existing(made.root).done("third")
     with pytest.raises(WorkdirError, match="not the workdir of a run"):
         Workdir.existing(tmp_path)
-
-
-def test_content_hash_depends_on_the_value_alone():
-    assert content_hash({"a": 1, "b": "é"}) == content_hash({"b": "é", "a": 1})
-    assert content_hash(["a", "b"]) != content_hash(["b", "a"])

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 import jax_refusal as jr
-from jax_refusal import pipeline
 from jax_refusal.data.chat import Chat
 from jax_refusal.data.prompts import KINDS, load_prompts
-from jax_refusal.evals import refusals
-from jax_refusal.evals.refusals import is_refusal, rate
+from jax_refusal.evals import substring
+from jax_refusal.evals.rates import rate
+from jax_refusal.evals.substring import is_refusal
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.run import pipeline
 from jax_refusal.runtime import startup
 from tests import runs
 from tests.runs import COMPLETIONS, STAGES, contents, results, run, small
@@ -39,6 +40,7 @@ def test_every_file_is_there_and_nothing_else(finished: Path):
         "selection/direction.safetensors",
         "selection/direction.json",
         *(f"completions/{name}.jsonl" for name in COMPLETIONS),
+        "judgements/substring.jsonl",
         "metrics.json",
         "report.md",
         "plots/bypass.png",
@@ -134,9 +136,8 @@ def test_completions(name: str, finished: Path, tiny_dir: Path, chat: Chat, hf: 
     kind, edit = name.split("_")
     test = getattr(load_prompts(small(tiny_dir).data), kind)["test"]
     rows = runs.rows(finished / f"completions/{name}.jsonl")
-    assert all(list(row) == "instruction category response refused".split() for row in rows)
+    assert all(list(row) == "instruction category response".split() for row in rows)
     assert [(r["instruction"], r["category"]) for r in rows] == [(i.text, i.category) for i in test]
-    assert [row["refused"] for row in rows] == [is_refusal(row["response"]) for row in rows]
 
     choice = json.loads((finished / "selection/direction.json").read_text())
     vector = load_file(finished / "selection/direction.safetensors")["direction"]
@@ -157,11 +158,21 @@ def test_the_edits_change_the_replies(finished: Path):
     assert len(set(replies.values())) == len(COMPLETIONS)
 
 
+def test_judgements_are_a_line_for_each_reply(finished: Path):
+    rows = iter(runs.rows(finished / "judgements/substring.jsonl"))
+    for name in COMPLETIONS:
+        for number, reply in enumerate(runs.rows(finished / f"completions/{name}.jsonl")):
+            verdict = is_refusal(reply["response"])
+            assert next(rows) == {"condition": name, "prompt": number, "verdict": verdict}
+    assert not list(rows)
+
+
 def test_metrics_are_those_of_the_files(finished: Path):
     metrics = json.loads((finished / "metrics.json").read_text())
     choice = json.loads((finished / "selection/direction.json").read_text())
     for name in COMPLETIONS:
-        refused = [row["refused"] for row in runs.rows(finished / f"completions/{name}.jsonl")]
+        replies = runs.rows(finished / f"completions/{name}.jsonl")
+        refused = [is_refusal(row["response"]) for row in replies]
         assert metrics["refusal"][name] == rate(refused).__dict__
         parts = metrics["by_category"][name].values()
         assert sum(part["n"] for part in parts) == len(refused)
@@ -247,7 +258,7 @@ def test_refusal_tokens_are_discovered_from_the_models_own_replies(
         kind: jr.generate(model, chat, prompts.texts(kind, "train"), max_new_tokens=8)
         for kind in KINDS
     }
-    monkeypatch.setattr(refusals, "is_refusal", lambda text: "e" in text)
+    monkeypatch.setattr(substring, "is_refusal", lambda text: "e" in text)
     refused = sum("e" in text for text in replies["harmful"])
     assert refused
     log: list[str] = []

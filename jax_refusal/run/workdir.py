@@ -6,11 +6,10 @@ next one had made so far. A stage that is made again takes the later ones off th
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -18,27 +17,15 @@ import jax
 import numpy as np
 from etils import epath
 
+from jax_refusal.files import atomic_write, content_hash, sha256
+
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest and of the files that it lists
 PACKAGES = ("jax-refusal", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
 
 
 class WorkdirError(ValueError):
     """The workdir belongs to another run, or cannot be written."""
-
-
-def write_whole(path: epath.PathLike, content: bytes) -> None:
-    """The whole file or none of it: written under another name, then renamed into place."""
-    path = epath.Path(path)
-    # One name for all processes: what a killed one left is overwritten by the next.
-    unfinished = path.parent / f".{path.name}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
 
 
 class Workdir:
@@ -49,20 +36,23 @@ class Workdir:
         root: str | os.PathLike[str],
         identity: Mapping[str, Any],
         first_use: Mapping[str, str] | None = None,
+        remade: Mapping[str, Collection[str]] | None = None,
     ):
         """identity: what the results depend on (config fields, hashes), JSON values.
 
         first_use: names of identity fields -> the first stage that depends on them; all stages
-        depend on the others. Raises WorkdirError naming every field in which an existing manifest
-        differs and on which a stage that it lists depends.
+        depend on the others. remade: names of identity fields that may change at any time -> the
+        stages that are made again then. Raises WorkdirError naming every other field in which an
+        existing manifest differs and on which a stage that it lists depends.
         """
         self.root = epath.Path(root)
-        self.first_use = dict(first_use or {})
+        self.first_use, self.remade = dict(first_use or {}), dict(remade or {})
         self.identity = json.loads(json.dumps(dict(identity)))
         path = self.root / MANIFEST
         if path.exists():
             self.manifest = self._read_manifest(path)
             self._match(self.manifest["identity"], self.identity)
+            self._take_off_what_changed()
             self.manifest["identity"] |= self.identity
         else:
             if self.root.exists() and not self.root.is_dir():
@@ -72,11 +62,10 @@ class Workdir:
                     f"{self.root} holds files and no {MANIFEST}: it is not the workdir of a run. "
                     "Choose an empty or new folder."
                 )
-            versions = {name: version(name) for name in PACKAGES}
             self.manifest = {
-                "format": 1,
+                "format": FORMAT,
                 "identity": dict(self.identity),
-                "versions": versions,
+                "versions": versions(),
                 "stages": {},
             }
 
@@ -94,21 +83,27 @@ class Workdir:
             return False
         for name, digest in files.items():
             path = self.root / name
-            if not path.exists() or _sha256(path.read_bytes()) != digest:
+            if not path.exists() or sha256(path.read_bytes()) != digest:
                 return False
         return True
 
     def finish(
-        self, stage: str, files: Iterable[str], seconds: float, later: Iterable[str] = ()
+        self,
+        stage: str,
+        files: Iterable[str],
+        seconds: float,
+        earlier: Collection[str] | None = None,
     ) -> None:
         """Lists a stage's files in the manifest: from now on it is complete.
 
-        The `later` stages are taken off: what they hold was made from older files.
+        Where the `earlier` stages are named, all others are taken off: what they hold was made from
+        older files.
         """
-        hashes = {name: _sha256((self.root / name).read_bytes()) for name in files}
-        for name in later:
-            self.manifest["stages"].pop(name, None)
-        self.manifest["stages"][stage] = {"files": hashes, "seconds": round(seconds, 2)}
+        hashes = {name: sha256((self.root / name).read_bytes()) for name in files}
+        listed = self.manifest["stages"]
+        retained = {k: v for k, v in listed.items() if earlier is None or k in earlier}
+        done = {"files": hashes, "seconds": round(seconds, 2)}
+        self.manifest["stages"] = retained | {stage: done}
         self.write_json(MANIFEST, self.manifest)
 
     def note(self, **identity: Any) -> None:
@@ -138,7 +133,7 @@ class Workdir:
             return
         path = self._inside(name)
         try:
-            write_whole(path, content)
+            atomic_write(path, content)
         except OSError as error:
             raise WorkdirError(
                 f"Could not write {path} ({error.strerror or error}). What was complete is kept: "
@@ -169,18 +164,27 @@ class Workdir:
     def _read_manifest(self, path: epath.Path) -> dict[str, Any]:
         try:
             manifest = json.loads(path.read_bytes())
-            parts = (manifest["identity"], manifest["stages"])
-            if manifest["format"] == 1 and all(isinstance(part, dict) for part in parts):
-                return manifest
+            parts, layout = (manifest["identity"], manifest["stages"]), manifest["format"]
         except (ValueError, KeyError, TypeError):
-            pass
-        raise WorkdirError(f"{path} is not a manifest of this program. Choose another --workdir.")
+            parts, layout = (None,), None
+        if not isinstance(layout, int) or not all(isinstance(part, dict) for part in parts):
+            raise WorkdirError(
+                f"{path} is not a manifest of this program. Choose another --workdir."
+            )
+        if layout != FORMAT:
+            age = "an older" if layout < FORMAT else "a newer"
+            raise WorkdirError(
+                f"{self.root} was written by {age} version of this program: its files have layout "
+                f"{layout}, and this version reads and writes layout {FORMAT} alone. Choose "
+                "another --workdir, or use that version."
+            )
+        return manifest
 
     def _match(self, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differ = [
             f"{k}: there {stored.get(k)!r}, now {now[k]!r}"
             for k in sorted(now)
-            if k in stored and stored[k] != now[k] and self._used(k)
+            if k in stored and stored[k] != now[k] and self._used(k) and k not in self.remade
         ]
         if differ:
             raise WorkdirError(
@@ -188,16 +192,25 @@ class Workdir:
                 "Choose another --workdir, or use the settings that are there."
             )
 
+    def _take_off_what_changed(self) -> None:
+        """Takes the stages off the list that are made again for what is changed now."""
+        stored = self.manifest["identity"]
+        for field, stages in self.remade.items():
+            if field in self.identity and stored.get(field) != self.identity[field]:
+                for stage in stages:
+                    self.manifest["stages"].pop(stage, None)
+
     def _used(self, field: str) -> bool:
         """Whether a complete stage depends on an identity field."""
         stages = self.manifest["stages"]
         return self.first_use[field] in stages if field in self.first_use else bool(stages)
 
 
-class Unfinished:
+class PartialResults:
     """What a stage that takes long has made so far, for the next run should this one be stopped.
 
-    A context: written at times and in the end, whatever ends it; who has put it to use deletes it.
+    A context: written at times and in the end, whatever ends it. Once the results are written
+    elsewhere, `Workdir.delete` removes its file.
     """
 
     every = 30.0  # seconds between two times
@@ -208,7 +221,7 @@ class Unfinished:
         self.items: dict[int, Any] = {}
         self._timer = Timer()
 
-    def __enter__(self) -> "Unfinished":
+    def __enter__(self) -> "PartialResults":
         # A file that is damaged is as good as none: what it held is made again.
         damaged = (ValueError, KeyError, TypeError, AttributeError)
         with contextlib.suppress(FileNotFoundError, *damaged):
@@ -245,16 +258,12 @@ class Timer:
         return time.monotonic() - self.start
 
 
-def content_hash(value: Any) -> str:
-    """sha256 of a JSON value."""
-    return _sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+def versions() -> dict[str, str]:
+    """Package -> installed version, of those that results may depend on."""
+    return {name: _version(name) for name in PACKAGES}
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def version(package: str) -> str:
+def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

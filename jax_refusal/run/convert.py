@@ -17,7 +17,6 @@ import numpy as np
 
 from jax_refusal import config as configs
 from jax_refusal.api import logits
-from jax_refusal.artifacts import Workdir
 from jax_refusal.checkpoints import export, gguf, lora, orbax
 from jax_refusal.checkpoints.export import ExportError
 from jax_refusal.checkpoints.loading import load_model, read_checkpoint
@@ -28,9 +27,11 @@ from jax_refusal.edits import Edit, ablate, add
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture
 from jax_refusal.report import card
-from jax_refusal.session import CHOICE
+from jax_refusal.run.directions import model_of
+from jax_refusal.run.study import CHOICE, read_run
+from jax_refusal.run.workdir import versions
 from jax_refusal.study import orthogonalize as weights
-from jax_refusal.study.directions import IN_WORKDIR, check_width, model_of, read_direction
+from jax_refusal.study.directions import IN_WORKDIR, check_width, read_direction
 
 EDITS = ("none", "orthogonalize", "addition")
 FORMATS = ("hf", "orbax", "peft", "gguf-control-vector")
@@ -108,7 +109,7 @@ def convert(request: Request, log: Callable[[str], None] = print) -> Path:
             _write(edited, model, request, origin, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-        text = card.card(dataclasses.asdict(request), facts, hashes)
+        text = card.card(dataclasses.asdict(request), facts, hashes, versions())
         (folder / "README.md").write_text(text, encoding="utf-8")
     log(f"wrote {request.out}")
     return Path(request.out)
@@ -155,11 +156,8 @@ def _origin(request: Request) -> Origin:
     config, layer = configs.RunConfig(), request.layer
     recorded = None  # fingerprint of the model that the direction was found in
     if request.workdir:
-        work = Workdir.existing(request.workdir)
-        identity = work.manifest["identity"]
-        recorded = identity.get("model")
-        fields = {k.removeprefix("config."): v for k, v in identity.items() if "config." in k}
-        config = configs.from_identity(fields)
+        work, config = read_run(request.workdir)
+        recorded = work.manifest["identity"].get("model")
         if request.edit != "none" and not request.direction:
             if not work.done("selection"):
                 raise ExportError(f"{request.workdir} has no selected direction: finish the run.")
@@ -179,7 +177,7 @@ def _origin(request: Request) -> Origin:
         )
     ignore = tuple(config.model.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
-    original = gguf.read(source.gguf)[0] if source.gguf else source.config()
+    original = gguf.read_config(source.gguf) if source.gguf else source.config()
     stored = str(original.get("dtype") or original.get("torch_dtype"))
     packed = bool(original.get("quantization_config"))  # as MXFP4, beside bfloat16
     dtype = request.dtype or ("bfloat16" if packed or stored == "bfloat16" else "float32")
