@@ -5,6 +5,7 @@ prefix, no packing. Letters: B batch row, T token, D residual width, L layers, V
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,6 +106,14 @@ def test_replies_under_all_edits_at_once(
     found = generate(model, many, jr.rows(*EDITS.values()), row_edit=row_edit, **OPTIONS)
     for ids, which, reply in zip(many.ids, row_edit, found, strict=True):
         assert reply == greedy(model, prompts, ids, list(EDITS.values())[which]), which
+
+
+def test_replies_on_a_mesh(tiny_dir: Path, model: Transformer, prompts: Prompts) -> None:
+    sharded, many = jr.load_model(str(tiny_dir), mesh=jr.make_mesh(2, 2)), jr.rows(*EDITS.values())
+    for row_edit in ([0, 4, 2, 7], [5, 3, 1, 6]):
+        found = generate(sharded, prompts, many, row_edit=row_edit, **OPTIONS)
+        for ids, which, reply in zip(prompts.ids, row_edit, found, strict=True):
+            assert reply == greedy(model, prompts, ids, list(EDITS.values())[which]), which
 
 
 @pytest.mark.parametrize("name", EDITS)
