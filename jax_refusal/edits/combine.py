@@ -147,15 +147,18 @@ def _affine_rows(
     def filled(link: Affine | Transform | None, size: int) -> Affine:
         edit = link if isinstance(link, Affine) else _wide(nothing, size)
         assert isinstance(edit, Affine)
-        none = jnp.zeros((size, edit.unit.shape[1])) if offset else None
-        more = (0, rank - edit.unit.shape[1])
-        own = none if edit.offset is None else edit.offset
-        return dataclasses.replace(
-            edit,
-            unit=jnp.pad(edit.unit, ((0, 0), more, (0, 0))),
-            offset=None if own is None else jnp.pad(own, ((0, 0), more)),
-            tokens=jnp.ones((size, 4)) if tokens and edit.tokens is None else edit.tokens,
-        )
+        more = ((0, 0), (0, rank - edit.unit.shape[1]))
+        if more[1][1]:
+            edit = dataclasses.replace(
+                edit,
+                unit=jnp.pad(edit.unit, (*more, (0, 0))),
+                offset=None if edit.offset is None else jnp.pad(edit.offset, more),
+            )
+        if offset and edit.offset is None:
+            edit = dataclasses.replace(edit, offset=jnp.zeros((size, rank)))
+        if tokens and edit.tokens is None:
+            edit = dataclasses.replace(edit, tokens=jnp.ones((size, 4)))
+        return edit
 
     every = [filled(link, size) for link, size in zip(links, sizes, strict=True)]
 

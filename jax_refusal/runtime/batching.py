@@ -30,7 +30,7 @@ class Prompts:
 
     ids: list[list[int]]
     prefix: int  # N, leading tokens that all of them share; every prompt is longer
-    positions: int = 1  # P, trailing tokens that are read
+    positions: int = 1  # P, post-instruction tokens at the end of each: those that are read
 
     @classmethod
     def encoded(

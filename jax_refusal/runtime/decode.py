@@ -2,8 +2,8 @@
 rows are free again. They are compiled for the numbers of rows, slots and edits, whatever the
 prompts and edits are; the first also for each of the few lengths that prompts are padded to.
 
-Letters: B batch row, T prompt token, C slot of the cache, N prefix tokens, W slots for new tokens,
-V vocabulary, J requests prefilled at once, R edit rows.
+Letters: B batch row, T prompt token, N prefix tokens, W slots for new tokens, V vocabulary, J
+requests prefilled at once, R edit rows.
 
 New tokens lie in a ring of W slots behind the prompts': all rows write one slot at the same step,
 whenever each of them began. What a row's last request left there is no part of what it may see, and

@@ -4,6 +4,8 @@ What is expected comes from passes of one prompt each over all its tokens: no ca
 prefix, no packing. Letters: B batch row, T token, D residual width, L layers, V vocabulary.
 """
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -107,6 +109,14 @@ def test_replies_under_all_edits_at_once(
         assert reply == greedy(model, prompts, ids, list(EDITS.values())[which]), which
 
 
+def test_replies_on_a_mesh(tiny_dir: Path, model: Transformer, prompts: Prompts) -> None:
+    sharded, many = jr.load_model(str(tiny_dir), mesh=jr.make_mesh(2, 2)), jr.rows(*EDITS.values())
+    for row_edit in ([0, 4, 2, 7], [5, 3, 1, 6]):
+        found = generate(sharded, prompts, many, row_edit=row_edit, **OPTIONS)
+        for ids, which, reply in zip(prompts.ids, row_edit, found, strict=True):
+            assert reply == greedy(model, prompts, ids, list(EDITS.values())[which]), which
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_packed_prompts(name: str, model: Transformer, prompts: Prompts) -> None:
     """Last-token logits and mean activations."""
@@ -172,16 +182,16 @@ def test_training_pairs(model: Transformer, prompts: Prompts) -> None:
         assert_close(kept, stream[:, prompts.prefix], INVARIANCE)
 
 
-def test_a_gradient_with_respect_to_what_is_ones_own(model: Transformer) -> None:
-    """Through a function's params, as `loss` of another one's search needs it."""
-    ids = np.arange(8)[None]
+def test_a_gradient_with_respect_to_ones_own_params(model: Transformer) -> None:
+    ids, kinds = np.arange(SLOTS), np.full(SLOTS, REPLY)
 
-    def value(params: Any) -> jax.Array:
-        edit = jr.Transform(function=addition_by_hand().function, params=params)
-        return jr.logits(model, ids, None, edit)[0, -1, 3]
+    def value(edit: Edit) -> jax.Array:
+        return whole_pass(model, ids, np.int32(SLOTS), kinds, edit)[0][-1, 3]
 
-    params = addition_by_hand().params
-    own = jax.grad(lambda vector: value({**params, "vector": vector}))(params["vector"])
-    by_add = jax.grad(lambda v: jr.logits(model, ids, None, jr.add(v, L, layer=1))[0, -1, 3])
-    assert_close(own, by_add(params["vector"]), INVARIANCE)
-    assert largest(own) > 0
+    transform = addition_by_hand()
+    own = jax.grad(lambda params: value(dataclasses.replace(transform, params=params)))
+    by_add = jax.grad(lambda vector: value(jr.add(vector, L, layer=1)))
+    vector = transform.params["vector"]
+    params = {"vector": vector, "layer": jnp.float32(1)}  # a gradient is of floats
+    assert largest(own(params)["vector"]) > 0
+    assert_close(own(params)["vector"], by_add(vector), INVARIANCE)
