@@ -57,9 +57,10 @@ def imports(name: str) -> Iterator[tuple[str, int, bool]]:
                 for alias in child.names:
                     inner = f"{child.module}.{alias.name}"
                     yield inner if inner in modules() else child.module, child.lineno, now
-            elif not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                yield from walk(child, now and not inside)
+            else:
+                later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                later |= isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+                yield from walk(child, now and not later)
 
     yield from walk(ast.parse(modules()[name].read_text(encoding="utf-8")), True)
 
@@ -112,6 +113,18 @@ def test_foreign_imports(name: str) -> None:
         assert allowed is None or name.startswith(allowed), f"{place} is not allowed here"
         benchmark = name.startswith("launch.bench")
         assert benchmark or not (now and package in NOT_AT_IMPORT), f"{place} outside a function"
+
+
+LONGEST = 60  # lines of a function of models/
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if ".models." in name])
+def test_functions_of_models_are_short(name: str) -> None:
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+    lines = {n.name: (n.end_lineno or n.lineno) - n.lineno + 1 for n in functions}
+    long = {function: count for function, count in lines.items() if count > LONGEST}
+    assert not long, f"{name} has functions of more than {LONGEST} lines: {long}"
 
 
 def test_contributing_states_the_floors() -> None:

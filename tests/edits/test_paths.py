@@ -19,7 +19,9 @@ from jax_refusal.edits import INSTRUCTION, POST_INSTRUCTION, REPLY, Edit
 from jax_refusal.evals.loss import reply_loss
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN
 from jax_refusal.runtime import collect
+from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts, pack, prefix_tokens
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.pairs import pack_pairs, paired_stream
@@ -101,7 +103,7 @@ def test_replies_under_all_edits_at_once(
 ) -> None:
     """One job whose rows take turns; by a scan over layers too, as accelerators step."""
     if scan:
-        monkeypatch.setattr(Transformer, "unrolled", lambda model: None)
+        monkeypatch.setattr(generation, "driver", lambda model: SCAN)
     row_edit = [i % len(EDITS) for i in range(2 * len(EDITS))]
     many = Prompts([prompts.ids[i % 4] for i in row_edit], prompts.prefix, prompts.positions)
     found = generate(model, many, jr.rows(*EDITS.values()), row_edit=row_edit, **OPTIONS)
