@@ -68,6 +68,7 @@ def score_figure(
     axes.legend(fontsize="small")
     lowest.set_xlim(-0.5, max(c.layer for c in selection.table) + 0.5)
     lowest.set_xlabel("layer")
+    lowest.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
