@@ -26,7 +26,7 @@ from jax_refusal.models.export import ExportError
 from jax_refusal.models.families import Architecture
 from jax_refusal.models.loading import load_model, read_checkpoint
 from jax_refusal.models.transformer import Transformer
-from jax_refusal.report import card
+from jax_refusal.report.model_card import model_card
 from jax_refusal.run.directions import model_of
 from jax_refusal.run.study import CHOICE, read_run
 from jax_refusal.run.workdir import versions
@@ -110,7 +110,7 @@ def convert(request: Request, log: Callable[[str], None] = print) -> Path:
             _write(edited, model, request, origin, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-        text = card.card(dataclasses.asdict(request), facts, hashes, versions())
+        text = model_card(dataclasses.asdict(request), facts, hashes, versions())
         (folder / "README.md").write_text(text, encoding="utf-8")
     log(f"wrote {request.out}")
     return Path(request.out)

@@ -15,8 +15,7 @@ from jax_refusal import config as configs
 from jax_refusal import interventions as iv
 from jax_refusal import sharding
 from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.data.prompts import Prompts as Instructions
-from jax_refusal.data.prompts import load_prompts
+from jax_refusal.data.prompts import Instructions, load_prompts
 from jax_refusal.evals.judge import Judge, Verdict
 from jax_refusal.evals.registry import find_judges
 from jax_refusal.files import content_hash
