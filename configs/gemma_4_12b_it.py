@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/gemma_4_12b_it.py --workdir=DIR
 Needs: 11.9 billion weights of 2 bytes are 23.8 GB: one GPU of 80 GB or four TPU v5e chips of 16 GB
-(reckoned, not measured).
+(estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own. The text model of a multimodal checkpoint. The switch for thinking
 is off: the prompt ends behind an empty thought channel, where the refusal score is read. Its blocks

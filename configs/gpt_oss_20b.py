@@ -7,7 +7,7 @@ it is fixed. The refusal tokens are those that it is found to begin its refusals
 Command: python -m launch.run --config=configs/gpt_oss_20b.py --workdir=DIR
 Needs: a download of 13.8 GB, whose MXFP4 experts become numbers: 41.8 GB of weights in bfloat16.
 One 80 GB GPU, or four TPU v5e chips with --config.mesh.model=4; while it loads the host holds one
-kind of leaf at a time, at most 12.7 GB (all reckoned, not measured).
+kind of leaf at a time, at most 12.7 GB (all estimated, not measured).
 Expect: nothing yet. No number is published for this model, and it has not been run here.
 """
 

@@ -3,7 +3,7 @@
 What: the study of Arditi et al. 2024: 128 + 128 training and 32 + 32 validation prompts,
 tested on JailbreakBench and 100 Alpaca prompts, with the paper's template and refusal tokens.
 Command: python -m launch.run --config=configs/llama_2_13b_chat.py --workdir=DIR
-Needs: 26.0 GB of weights in bfloat16; one 80 GB GPU or four TPU v5e chips (reckoned from that,
+Needs: 26.0 GB of weights in bfloat16; one 80 GB GPU or four TPU v5e chips (estimated from that,
 not measured).
 Expect (the paper's tables 5 and 7, run in float16; not reproduced here yet): position -1,
 layer 26 of 40; bypass -4.377, induce 2.794, KL 0.092 nats. Losses unedited / ablated / added,

@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/llama_3_2_3b_instruct.py --workdir=DIR
 Needs: 3.21 billion weights of 2 bytes are 6.4 GB: one GPU of 80 GB or one TPU v5e chip of 16 GB
-(reckoned, not measured).
+(estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own. Its template's date is always the same one, that of data/chat.py.
 """

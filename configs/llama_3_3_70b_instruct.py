@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/llama_3_3_70b_instruct.py --workdir=DIR
 Needs: 70.55 billion weights of 2 bytes are 141 GB: four GPUs of 80 GB or 16 TPU v5e chips of 16 GB
-(--config.mesh.model=16; reckoned, not measured).
+(--config.mesh.model=16; estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own. Its template's date is always the same one, that of data/chat.py.
 """

@@ -3,7 +3,7 @@
 What: the study of Arditi et al. 2024: 128 + 128 training and 32 + 32 validation prompts,
 tested on JailbreakBench and 100 Alpaca prompts, with the paper's template and refusal tokens.
 Command: python -m launch.run --config=configs/llama_3_70b_instruct.py --workdir=DIR
-Needs: 141 GB of weights in bfloat16; four 80 GB GPUs or 16 TPU v5e chips (reckoned from that,
+Needs: 141 GB of weights in bfloat16; four 80 GB GPUs or 16 TPU v5e chips (estimated from that,
 not measured).
 Expect (the paper's tables 5 and 7; not reproduced here yet): position -5, layer 25 of 80;
 bypass -7.839, induce 0.126, KL 0.021 nats. Losses unedited / ablated / added, in nats a token:

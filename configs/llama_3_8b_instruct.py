@@ -3,7 +3,7 @@
 What: the study of Arditi et al. 2024: 128 + 128 training and 32 + 32 validation prompts,
 tested on JailbreakBench and 100 Alpaca prompts, with the paper's template and refusal tokens.
 Command: python -m launch.run --config=configs/llama_3_8b_instruct.py --workdir=DIR
-Needs: 16.1 GB of weights in bfloat16; one 80 GB GPU or two TPU v5e chips (reckoned from that,
+Needs: 16.1 GB of weights in bfloat16; one 80 GB GPU or two TPU v5e chips (estimated from that,
 not measured).
 Expect (the paper's tables 5 and 7; not reproduced here yet): position -5, layer 12 of 32;
 bypass -9.715, induce 7.681, KL 0.064 nats. Losses unedited / ablated / added, in nats a token:

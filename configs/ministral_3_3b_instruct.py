@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/ministral_3_3b_instruct.py --workdir=DIR
 Needs: 3.43 billion weights of 2 bytes are 6.9 GB: one GPU of 80 GB or one TPU v5e chip of 16 GB
-(reckoned, not measured).
+(estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own. The text model of a multimodal checkpoint. (The one without BF16 in
 its name has 8-bit weights, which are refused.)

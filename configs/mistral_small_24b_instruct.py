@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/mistral_small_24b_instruct.py --workdir=DIR
 Needs: 23.57 billion weights of 2 bytes are 47.1 GB: one GPU of 80 GB or eight TPU v5e chips of 16
-GB (--config.mesh.model=8; reckoned, not measured).
+GB (--config.mesh.model=8; estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own. Without a system turn its template writes one with today's date,
 and a run of another day would be another run: so there is one here.

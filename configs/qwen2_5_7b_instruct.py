@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/qwen2_5_7b_instruct.py --workdir=DIR
 Needs: 7.62 billion weights of 2 bytes are 15.2 GB: one GPU of 80 GB or two TPU v5e chips of 16 GB
-(--config.mesh.model=2; reckoned, not measured).
+(--config.mesh.model=2; estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own.
 """

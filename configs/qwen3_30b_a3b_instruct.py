@@ -2,7 +2,7 @@
 
 Command: python -m launch.run --config=configs/qwen3_30b_a3b_instruct.py --workdir=DIR
 Needs: 30.53 billion weights of 2 bytes are 61.1 GB: one GPU of 80 GB or eight TPU v5e chips of 16
-GB (--config.mesh.model=8; reckoned, not measured).
+GB (--config.mesh.model=8; estimated, not measured).
 Expect: the paper has no number of it, and it was not run here. The prompts are the paper's, the
 template is the tokenizer's own. All experts have to be there, though a token uses 8 of 128. This
 one does not think.

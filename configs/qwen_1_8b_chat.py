@@ -3,7 +3,7 @@
 What: the study of Arditi et al. 2024: 128 + 128 training and 32 + 32 validation prompts,
 tested on JailbreakBench and 100 Alpaca prompts, with the paper's template and refusal tokens.
 Command: python -m launch.run --config=configs/qwen_1_8b_chat.py --workdir=DIR
-Needs: 3.7 GB of weights in bfloat16; one 80 GB GPU or TPU v5e chip (reckoned from that,
+Needs: 3.7 GB of weights in bfloat16; one 80 GB GPU or TPU v5e chip (estimated from that,
 not measured).
 Expect (the paper's tables 5 and 7, run in float16; not reproduced here yet): position -1,
 layer 15 of 24; bypass -4.415, induce 1.641, KL 0.077 nats. Losses unedited / ablated / added,

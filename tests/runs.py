@@ -60,9 +60,10 @@ def stop_at(title: str) -> Callable:
     return progress
 
 
-def stages_run(log: list[str]) -> list[str]:
-    """The stages that a log says were made."""
-    return [name for name in STAGES if any(line.startswith(f"{name}: ") for line in log)]
+def stages_run(log: list[str], config: RunConfig | None = None) -> list[str]:
+    """The stages that a log says were made, of those of a config."""
+    names = STAGES if config is None else [stage.name for stage in stages(config)]
+    return [name for name in names if any(line.startswith(f"{name}: ") for line in log)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -45,7 +45,8 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str) -> Iterator[tuple[str, int, bool]]:
-    """What a module imports, wherever in the file: (dotted name, line, whether when imported)."""
+    """What a module imports, wherever in the file, for types alone too: (dotted name, line, whether
+    it happens when the module is imported)."""
 
     def walk(node: ast.AST, now: bool) -> Iterator[tuple[str, int, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -58,11 +59,15 @@ def imports(name: str) -> Iterator[tuple[str, int, bool]]:
                     inner = f"{child.module}.{alias.name}"
                     yield inner if inner in modules() else child.module, child.lineno, now
             else:
-                later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                later |= isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-                yield from walk(child, now and not later)
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from walk(child, now and not inside and not _for_types(child))
 
     yield from walk(ast.parse(modules()[name].read_text(encoding="utf-8")), True)
+
+
+def _for_types(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:`, whose imports count for the law and happen never."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
 def floor(name: str) -> int:

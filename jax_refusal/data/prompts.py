@@ -40,7 +40,7 @@ Split = dict[str, list[Instruction]]  # "train", "val", "test"
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class Instructions:
     """Both kinds of instruction, each in three splits that share no text."""
 
     harmful: Split
@@ -50,7 +50,7 @@ class Prompts:
         return [instruction.text for instruction in getattr(self, kind)[split]]
 
 
-def load_prompts(config: DataConfig) -> Prompts:
+def load_prompts(config: DataConfig) -> Instructions:
     """The instruction sets of a run, sampled as the config says.
 
     With a seed, the draws follow the paper's order from one random stream: harmful train, harmless
@@ -62,7 +62,7 @@ def load_prompts(config: DataConfig) -> Prompts:
             kind: _cut(read_instructions(Path(getattr(config, kind))), config, kind)
             for kind in KINDS
         }
-        prompts = Prompts(**pools)
+        prompts = Instructions(**pools)
     elif config.source == "paper":
         prompts = _draw({kind: _published_splits(config, kind) for kind in KINDS}, config)
     else:
@@ -194,7 +194,7 @@ def cache_directory() -> Path:
     return Path(root) / "jax_refusal"
 
 
-def _draw(pools: dict[str, Split], config: DataConfig) -> Prompts:
+def _draw(pools: dict[str, Split], config: DataConfig) -> Instructions:
     """The paper's draws, in the paper's order, from one stream."""
     stream = random.Random(config.seed)
     drawn: dict[str, Split] = {kind: {} for kind in KINDS}
@@ -209,7 +209,7 @@ def _draw(pools: dict[str, Split], config: DataConfig) -> Prompts:
         pools["harmful"]["test"] if whole else _sample(pools, "harmful", "test", config, aside)
     )
     drawn["harmless"]["test"] = _sample(pools, "harmless", "test", config, stream)
-    return Prompts(**drawn)
+    return Instructions(**drawn)
 
 
 def _sample(
@@ -240,7 +240,7 @@ def _cut(pool: list[Instruction], config: DataConfig, kind: str) -> Split:
     }
 
 
-def _check_disjoint(prompts: Prompts) -> None:
+def _check_disjoint(prompts: Instructions) -> None:
     """No prompt is trained on and tested on, and none is both harmful and harmless."""
     seen: dict[str, str] = {}
     for kind in KINDS:

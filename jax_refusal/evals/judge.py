@@ -39,7 +39,7 @@ def verdicts(judge: Judge, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
     if len(given) != len(pairs) or wrong:
         raise JudgeError(
             f"The judge {judge.name!r} gave {len(given)} verdicts on {len(pairs)} replies"
-            + f", {wrong[0]!r} among them" * bool(wrong)
+            + (f", {wrong[0]!r} among them" if wrong else "")
             + f". One for each is needed: True, False or {UNPARSED!r}."
         )
     return [UNPARSED if isinstance(value, str) else bool(value) for value in given]

@@ -1,6 +1,6 @@
 """Cross-entropy of given replies: what an edit costs where it should cost nothing (paper, 4.3).
 
-Letters: B packed rows, T token, N prefix tokens.
+Letters: B packed rows, Q reply tokens of a row.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Loss:
     """Mean nats per reply token over all replies, and each reply's sum and length."""
 
     nats: float
-    sums: np.ndarray  # [N replies]
-    tokens: np.ndarray  # [N replies]
+    sums: np.ndarray  # nats of each reply
+    tokens: np.ndarray  # number of tokens of each reply
 
 
 def reply_loss(

@@ -71,6 +71,12 @@ class Cache:
     segments: jax.Array  # [B, C], PADDING where nothing is stored
     length: jax.Array  # int32 scalar: the slot that the next token goes to
 
+    def stack(self, slot: int) -> Entry:
+        """What all layers of a slot remember, in a stacked cache."""
+        entry = self.entries[slot]
+        assert isinstance(entry, dict)
+        return entry
+
     def repeat(self, times: int) -> "Cache":
         """Every row `times` times in succession."""
         return self._rows(lambda x, axis: jnp.repeat(x, times, axis))

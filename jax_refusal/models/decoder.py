@@ -37,7 +37,9 @@ class Output:
 
 
 class Leaves(nnx.Module):
-    """Arrays by name: those of a slot's layers, stacked on them."""
+    """Arrays by name: those of a slot's layers, stacked on them, or of the model beside them."""
+
+    embed: nnx.Param
 
     def __init__(self, arrays: Mapping[str, Any]):
         for name, array in arrays.items():
@@ -121,7 +123,7 @@ class Transformer(nnx.Module):
         cache = None if cache is None else cache.note(tokens)
         shared = Pass.of(self.arch, tokens, cache, prefix, drive.few_rows)
         narrow = query_slots is not None and set(capture.sites) <= {"resid_pre"}
-        last = partial(at_slots, slots=query_slots) if narrow else None
+        last = _every if query_slots is None else partial(at_slots, slots=query_slots)
         step = partial(layer, shared, edit, capture, prefix, start, last)
         data = self.layer_data(tokens, edit, prefix)
         memory = _entries(self.arch, cache, x)
@@ -152,7 +154,7 @@ class Transformer(nnx.Module):
                 fields={name: jnp.array(each) for name, each in slot.varying.items()},
                 edit=jax.tree.map(own, edits),
                 inputs=None if inputs is None else own(inputs),
-                past={} if prefix is None else prefix.entries[slot.number],
+                past={} if prefix is None else prefix.stack(slot.number),
             )
         return found
 
@@ -177,10 +179,11 @@ def _entries(arch: Architecture, cache: Cache | None, x: jax.Array) -> Entries:
     if cache is not None:
         return dict(enumerate(cache.entries))
     none: dict[int, Entry] = {slot.number: {} for slot in slots(arch)}
-    read = {s.mixer.kv_source for s in arch.specs} - {None}
+    sources = (spec.mixer.kv_source for spec in arch.specs)
+    read = {source for source in sources if source is not None}
     if not read:
         return none
-    room = empty(arch, *x.shape[:2], x.dtype).entries
+    room = empty(arch, x.shape[0], x.shape[1], x.dtype).entries
     return none | {n: room[n] for n in {place(arch, layer)[0] for layer in read}}
 
 
@@ -206,7 +209,7 @@ def layer(
     number, at, past = slot.number, index, data.past
     if (source := mixer.kv_source) is not None:
         number, at = place(shared.arch, source)
-        past = {} if prefix is None else {n: a[at] for n, a in prefix.entries[number].items()}
+        past = {} if prefix is None else {n: a[at] for n, a in prefix.stack(number).items()}
     entry = entries[number]
     apart = isinstance(entry, tuple)  # one entry a layer
     own = entry[at] if apart else entry

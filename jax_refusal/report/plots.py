@@ -49,6 +49,7 @@ def score_figure(
     reference_name: str,
 ) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     complete = all(getattr(c, score) is not None for c in selection.table)
     strip = 0.0 if complete else 0.2 + 0.14 * len(labels)  # inches
@@ -68,6 +69,7 @@ def score_figure(
     axes.legend(fontsize="small")
     lowest.set_xlim(-0.5, max(c.layer for c in selection.table) + 0.5)
     lowest.set_xlabel("layer")
+    lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

@@ -26,7 +26,7 @@ from jax_refusal.data.prompts import builtin
 from jax_refusal.edits import Edit, ablate, add
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture
-from jax_refusal.report import card
+from jax_refusal.report.model_card import model_card
 from jax_refusal.run.directions import model_of
 from jax_refusal.run.study import CHOICE, read_run
 from jax_refusal.run.workdir import versions
@@ -109,7 +109,7 @@ def convert(request: Request, log: Callable[[str], None] = print) -> Path:
             _write(edited, model, request, origin, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-        text = card.card(dataclasses.asdict(request), facts, hashes, versions())
+        text = model_card(dataclasses.asdict(request), facts, hashes, versions())
         (folder / "README.md").write_text(text, encoding="utf-8")
     log(f"wrote {request.out}")
     return Path(request.out)

@@ -17,8 +17,7 @@ from jax_refusal.checkpoints import lora
 from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.checkpoints.sources import Source, fingerprint, locate
 from jax_refusal.data.chat import Chat, load_chat
-from jax_refusal.data.prompts import Prompts as Instructions
-from jax_refusal.data.prompts import load_prompts
+from jax_refusal.data.prompts import Instructions, load_prompts
 from jax_refusal.edits import Edit, identity
 from jax_refusal.evals.judge import Judge, Verdict
 from jax_refusal.evals.registry import find_judges

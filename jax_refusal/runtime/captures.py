@@ -63,7 +63,7 @@ def capture(
     be reduced so.
     """
     _check(sites, reduce, directions)
-    mesh, sums, counts = mesh_of(model), {}, 0
+    mesh, sums, counts = mesh_of(model), {}, np.zeros(1)
     each: dict[str, list[Any]] = {site: [None] * len(prompts.ids) for site in sites}
     with jax.set_mesh(mesh):
         prefix = shared_prefix(model, prompts, edit)

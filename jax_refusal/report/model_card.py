@@ -35,7 +35,7 @@ INTENDED = (
 )
 
 
-def card(
+def model_card(
     request: Mapping[str, Any],  # the fields of run.convert.Request
     facts: Mapping[str, Any],
     hashes: Mapping[str, str],  # file -> sha256
