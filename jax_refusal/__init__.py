@@ -12,7 +12,14 @@ The study in a notebook:
     jr.generate(model, chat, instructions, edit)
 """
 
-from jax_refusal.api import capture, generate, logits, mean_activations, select
+from jax_refusal.api import (
+    builtin_instructions,
+    capture,
+    generate,
+    logits,
+    mean_activations,
+    select,
+)
 from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.checkpoints.sources import SMOLLM2
 from jax_refusal.data.chat import load_chat
@@ -42,6 +49,7 @@ __all__ = [
     "add",
     "affine",
     "bake_addition",
+    "builtin_instructions",
     "capture",
     "chain",
     "cosine",

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_refusal.config import BATCH_TOKENS
+from jax_refusal.config import BATCH_TOKENS, DISCOVERY_TOKENS
 from jax_refusal.data.chat import Chat
+from jax_refusal.data.prompts import KINDS, SPLITS, builtin
 from jax_refusal.edits import Edit, identity
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
@@ -20,6 +21,8 @@ from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.sharding import mesh_of
 from jax_refusal.study import selection, sweep
+from jax_refusal.study.refusal_tokens import discover
+from jax_refusal.study.scores import TokenError
 
 SLOTS = ("post_instruction", "last", "all")
 
@@ -69,6 +72,15 @@ def mean_activations(
     return means
 
 
+def builtin_instructions(kind: str, split: str = "train") -> list[str]:
+    """The instructions that ship: kind "harmful" or "harmless", split "train", "val" or "test"."""
+    if kind not in KINDS or split not in SPLITS:
+        raise ValueError(
+            f"kind={kind!r}, split={split!r}: allowed are {list(KINDS)} and {list(SPLITS)}."
+        )
+    return [instruction.text for instruction in builtin(kind)[split]]
+
+
 def capture(
     model: Transformer,
     chat: Chat,
@@ -115,7 +127,7 @@ def select(
     directions: np.ndarray,  # [P, L, D] from `difference`
     harmful: Sequence[str],  # validation instructions
     harmless: Sequence[str],
-    refusal_ids: Sequence[int],  # first tokens of a refusal
+    refusal_ids: Sequence[int] | None = None,  # first tokens of a refusal; None: as it refuses
     *,
     kl_threshold: float = 0.1,
     induce_threshold: float = 0.0,
@@ -126,8 +138,19 @@ def select(
 ) -> selection.Selection:
     """The paper's choice among all candidates: `.position .layer .direction .table`.
 
-    Raises SelectionError where none passes and fallback is not "least_bad".
+    Refusal tokens are found from the model's replies to these instructions unless they are given.
+    Raises SelectionError where none passes and fallback is not "least_bad", TokenError where no
+    reply is a refusal and no tokens are given.
     """
+    if refusal_ids is None:
+        texts = {"harmful": list(harmful), "harmless": list(harmless)}
+        found = discover(model, chat, texts, max_new_tokens=DISCOVERY_TOKENS)
+        if not found:
+            raise TokenError(
+                f"None of {len(texts['harmful'])} replies to harmful instructions is a refusal, so "
+                "that no refusal token can be found. Name them in refusal_ids."
+            )
+        refusal_ids = [token.token_id for token in found]
     scorer = sweep.Sweep(
         model,
         directions,

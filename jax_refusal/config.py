@@ -14,6 +14,7 @@ HOW = {"identity": False}
 # Short rows attend to little that is not their own. With 4096 tokens at once the activations leave
 # a CPU's caches, a sixth slower; an accelerator that is not busy with 2048 may be given more.
 ROW_TOKENS, BATCH_TOKENS = 64, 2048
+DISCOVERY_TOKENS = 24  # of replies that say whether a model refuses
 
 
 @dataclasses.dataclass
@@ -51,7 +52,7 @@ class DataConfig:
 class RefusalConfig:
     token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty leaves them to source
     source: str = "discovered"  # from the model's own replies; or paper: those of model.template
-    discovery_tokens: int = 24  # length of the replies that discovery reads
+    discovery_tokens: int = DISCOVERY_TOKENS  # length of the replies that discovery reads
 
 
 @dataclasses.dataclass
