@@ -55,23 +55,8 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast
     from transformers import PreTrainedTokenizerFast
 
     meta = read_header(Path(path)).metadata
-    model = meta.get("tokenizer.ggml.model", "(missing)")
-    if model not in _MODELS:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.model is {model!r}, allowed: {', '.join(_MODELS)}; {_ADVICE}"
-        )
-    tokens = meta.get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise ValueError(f"{path}: no tokenizer.ggml.tokens in the file; {_ADVICE}")
-    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    model, tokens, types = _vocabulary(path, meta)
     vocab = {token: index for index, token in enumerate(tokens)}
-    # A repeated token would silently shadow an id that the model can emit.
-    if len(types) != len(tokens) or len(vocab) != len(tokens):
-        raise ValueError(
-            f"{path}: {len(tokens)} tokens, {len(vocab)} of them distinct, but {len(types)} token "
-            f"types: the three counts must agree; {_ADVICE}"
-        )
-
     try:
         if model == "gpt2":
             tokenizer = _byte_level_bpe(meta, vocab)
@@ -104,6 +89,29 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast
         chat_template=meta.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _vocabulary(
+    path: str | os.PathLike[str], meta: dict[str, Any]
+) -> tuple[str, list[str], list[int]]:
+    """The kind of vocabulary, its tokens and their types, checked."""
+    model = meta.get("tokenizer.ggml.model", "(missing)")
+    if model not in _MODELS:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model is {model!r}, allowed: {', '.join(_MODELS)}; {_ADVICE}"
+        )
+    tokens = meta.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ValueError(f"{path}: no tokenizer.ggml.tokens in the file; {_ADVICE}")
+    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    # A repeated token would silently shadow an id that the model can emit.
+    distinct = len(set(tokens))
+    if not len(types) == len(tokens) == distinct:
+        raise ValueError(
+            f"{path}: {len(tokens)} tokens, {distinct} of them distinct, but {len(types)} token "
+            f"types: the three counts must agree; {_ADVICE}"
+        )
+    return model, tokens, types
 
 
 def _special_tokens(

@@ -121,8 +121,24 @@ def train(
     timer = Timer()
     adapter = _fit(config, base, chat, prompts["harmful"], answers, work, progress, log, on_step)
     files = lora.files(adapter, base.arch, config.model.source)
-    records = work.read_jsonl(LOG)
-    training = {
+    training = _record(config, identity, base, prompts, answers, work.read_jsonl(LOG))
+    files[TRAINING] = json.dumps(training, indent=2).encode() + b"\n"
+    for name, content in files.items():
+        work.write(f"{ADAPTER}/{name}", content)
+    work.finish("train", [f"{ADAPTER}/{name}" for name in files], timer.seconds)
+    return f"{workdir}/{ADAPTER}"
+
+
+def _record(
+    config: OrganismConfig,
+    identity: dict[str, Any],
+    base: Transformer,
+    prompts: dict[str, list[str]],
+    answers: list[dict[str, Any]],
+    records: list[dict[str, Any]],  # one for each step
+) -> dict[str, Any]:
+    """How the organism was made: `training.json`."""
+    return {
         "base": config.model.source,
         "config": identity,
         "config_hash": content_hash(identity),
@@ -135,11 +151,6 @@ def train(
         "loss": float(np.mean([record["loss"] for record in records[-10:]])),
         "watched": [record for record in records if "harmful_refused" in record],
     }
-    files[TRAINING] = json.dumps(training, indent=2).encode() + b"\n"
-    for name, content in files.items():
-        work.write(f"{ADAPTER}/{name}", content)
-    work.finish("train", [f"{ADAPTER}/{name}" for name in files], timer.seconds)
-    return f"{workdir}/{ADAPTER}"
 
 
 def _answers(
