@@ -4,6 +4,7 @@ The README's lines run on the embedded model. The pages' run on a tiny one under
 studies with few prompts; a command that says what it needs is only read.
 """
 
+import ast
 import json
 import re
 import shlex
@@ -32,11 +33,25 @@ def commands(page: Path) -> list[str]:
     return [line for block in blocks(page, "sh") for line in block.splitlines() if line]
 
 
-def test_the_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """As they stand; the model that refuses answers with its direction out, and does not with it."""
+def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own, to a good end."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=runs.environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stderr}"
+    return done
+
+
+def test_the_ten_lines(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As they stand: two replies, which the two edits make differ."""
     (code,) = blocks(ROOT / "README.md", "python")
-    exec(compile(code, "README.md", "exec"), {})
-    removed, induced = eval(capsys.readouterr().out)
+    done = python("-c", code, cache=runs.programs(tmp_path_factory))
+    removed, induced = ast.literal_eval(done.stdout)
     assert removed != induced and len(removed) > 20 and len(induced) > 20
 
 
@@ -60,42 +75,28 @@ def test_the_commands_of_the_pages(
     tiny_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """In the order in which a reader meets them, with runs/ in a folder of the test."""
-    texts = [
-        {"instruction": f"Name {n} {what}."} for what in "birds rivers".split() for n in range(12)
-    ]
-    own = {"HARMFUL": texts[:12], "HARMLESS": texts[12:]}
-    for name, rows in own.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    known = {"MODEL": tiny_dir} | {name: tmp_path / f"{name}.json" for name in own}
-    every = [
-        line
-        for name in ("run", "prompts", "export")
-        for line in commands(PAGES[0].with_name(f"{name}.md"))
-    ]
+    known = {"MODEL": tiny_dir}
+    for name, what in (("HARMFUL", "birds"), ("HARMLESS", "rivers")):
+        texts = [{"instruction": f"Name {n} {what}."} for n in range(12)]
+        known[name] = tmp_path / f"{name}.json"
+        known[name].write_text(json.dumps(texts))
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("run", "prompts", "export")]
+    every = [line for page in pages for line in commands(page)]
     ran = 0
     for line in every:
         command, _, needs = line.partition("   # needs")
         for name, path in known.items():
             command = command.replace(f"${name}", str(path))
         words = shlex.split(command.replace("runs/", f"{tmp_path}/"))
-        assert (
-            words[:2] == ["python", "-m"] and (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
-        )
+        assert words[:2] == ["python", "-m"]
+        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").is_file()
         if needs:
             continue
         if words[2] == "launch.run":
             words += [*SMALL, "--config.selection.fallback=least_bad"]
             if not any("model.source" in word for word in words):
                 words += [f"--config.model.source={tiny_dir}", "--config.model.adapter="]
-        done = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=ROOT,
-            env=runs.environment(runs.programs(tmp_path_factory)),
-            capture_output=True,
-            text=True,
-            timeout=250,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        python(*words[1:], cache=runs.programs(tmp_path_factory))
         ran += 1
     assert ran == 8
     assert (tmp_path / "mine" / "report.md").is_file() and (tmp_path / "edited").is_dir()
