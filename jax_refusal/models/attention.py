@@ -4,6 +4,8 @@ Letters: B batch row, T token, Q token that is asked for, C context slot, D resi
 heads, G key/value heads, K head width.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +51,10 @@ def params(spec: Attention, D: int) -> list[Param]:
         names = (in_q, in_kv) if whole else ("head_width", "head_width")
         found += [inner("q_norm", "q_norm.weight", of_q, names[0], "attn_q_norm.weight")]
         found += [inner("k_norm", "k_norm.weight", of_k, names[1], "attn_k_norm.weight")] * own
+    if spec.gate:  # a head's queries and its gate follow each other in one tensor
+        split = "(heads | head_width) embed"
+        found[0] = dataclasses.replace(found[0], layout=split)
+        found.insert(1, dataclasses.replace(found[0], name="q_gate"))
     if spec.sinks:
         found.append(inner("sinks", "sinks", (heads,), "heads"))
     return found
@@ -73,7 +79,10 @@ def attention(
         q = rotate(constrain(q, "batch", None, "heads", "head_width"), angles)
         if ctx.shared.query_scale is not None:
             q = q * ctx.last(ctx.shared.query_scale).astype(q.dtype)
-        z = site("z", _attend(p, spec, q, context, ctx.allowed(spec.window), site))
+        z = _attend(p, spec, q, context, ctx.allowed(spec.window), site)
+        if spec.gate:
+            z = z * jax.nn.sigmoid(ctx.linear(ctx.last(x), p["q_gate"]))
+        z = site("z", z)
         out = ctx.linear(z, p["o"], inputs=2)
         return (out + p["o_bias"][None, None] if spec.out_bias else out), memory
 

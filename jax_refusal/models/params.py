@@ -38,7 +38,8 @@ class Param:
     # experts). `{expert}` stands for the number of an expert.
     hf: str
     # The tensor's dimensions in the leaf's axis names, where `(heads head_width)` is one dimension
-    # holding both; a star says that parts alternate along the last one, entry by entry.
+    # holding both; a bar in it says that the parts follow each other within each entry of the axes
+    # in front of it: `(heads | head_width)`, or `(mlp |)` for parts that alternate entry by entry.
     layout: str = ""  # "" is the axes as they are
     gguf: str = ""  # llama.cpp's name, behind `blk.N.`
 
