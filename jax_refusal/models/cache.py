@@ -96,7 +96,9 @@ class Cache:
 
         def entry(old: Entry | tuple[Entry, ...], new: Entry | tuple[Entry, ...]):
             if isinstance(old, tuple):
-                return tuple(jax.tree.map(put, *pair) for pair in zip(old, _apart(new), strict=True))
+                return tuple(
+                    jax.tree.map(put, *pair) for pair in zip(old, _apart(new), strict=True)
+                )
             return jax.tree.map(jax.vmap(put), old, new)
 
         pairs = zip(self.entries, other.entries, strict=True)
