@@ -2,6 +2,7 @@
 see every token; and, in Granite 4, Mamba-2 layers among those of attention."""
 
 import dataclasses
+import math
 
 from jax_refusal.families.common import FULL, attention, decoder, mlp, one_rope, stored
 from jax_refusal.families.qwen3_next import LINEAR
@@ -154,7 +155,7 @@ HYBRID = dataclasses.replace(
     fixed={
         "position_embedding_type": ("rope", "nope", None),
         "mamba_proj_bias": (False,),
-        "time_step_limit": ([0.0, float("inf")], None),
+        "time_step_limit": (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}]),
         "normalization_function": ("rmsnorm",),
     },
     namings=(

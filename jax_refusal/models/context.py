@@ -54,7 +54,7 @@ class Pass:
         positions = jnp.concatenate([part.positions for part in before], 1)
         segments = jnp.concatenate([part.segments for part in before], 1)
         allowed, distance = visible(tokens, positions, segments)
-        recurrent = any(isinstance(each.mixer, spec.Recurrent) for each in arch.specs)
+        mixers = [each.mixer for each in arch.specs if isinstance(each.mixer, spec.Recurrent)]
         return cls(
             arch=arch,
             tokens=tokens,
@@ -63,7 +63,7 @@ class Pass:
             angles=_angles(arch, tokens),
             query_scale=_query_scale(arch, tokens.positions),
             few_rows=few_rows,
-            runs=Runs.of(tokens) if recurrent else None,
+            runs=Runs.of(tokens, max(m.taps for m in mixers)) if mixers else None,
         )
 
 

@@ -74,8 +74,8 @@ def delta_net(
         q, k = _unit(streams["q"]) * spec.key_width**-0.5, _unit(streams["k"])
         beta = jax.nn.sigmoid(ctx.linear(x, p["delta_beta"]))
         rest = ctx.linear(x, p["delta_decay"]).astype(jnp.float32)
-        rest = jax.nn.softplus(rest + p["delta_decay_bias"].astype(jnp.float32))
-        decay = -jnp.exp(p["delta_log_rate"].astype(jnp.float32)) * rest
+        rest = jax.nn.softplus(rest + p["delta_decay_bias"][None, None].astype(jnp.float32))
+        decay = -jnp.exp(p["delta_log_rate"][None, None].astype(jnp.float32)) * rest
         out, kept["state"] = recur(
             q, k, streams["v"], _heads(decay), runs, before.get("state"), _heads(beta)
         )

@@ -67,7 +67,7 @@ def mamba(
             streams[name] = jax.nn.silu(mixed)
         step = jax.nn.softplus(ctx.linear(x, p["ssm_step"]) + p["ssm_step_bias"][None, None])
         step, values = step.astype(jnp.float32), streams["v"].astype(jnp.float32)
-        decay = -jnp.exp(p["ssm_log_rate"].astype(jnp.float32)) * step
+        decay = -jnp.exp(p["ssm_log_rate"][None, None].astype(jnp.float32)) * step
         out, kept["state"] = recur(
             streams["q"],
             streams["k"],
@@ -76,10 +76,10 @@ def mamba(
             runs,
             before.get("state"),
         )
-        out = ctx.last(out + p["ssm_skip"].astype(jnp.float32)[:, None] * values)
+        out = ctx.last(out + p["ssm_skip"][None, None, :, None].astype(jnp.float32) * values)
         gate = ctx.linear(ctx.last(x), p["ssm_gate"]).astype(jnp.float32)
         normed = _group_norm(out * jax.nn.silu(gate), spec, ctx.shared.arch.norm_epsilon)
-        z = site("z", (p["ssm_norm"].astype(jnp.float32) * normed).astype(x.dtype))
+        z = site("z", (p["ssm_norm"][None, None].astype(jnp.float32) * normed).astype(x.dtype))
         return ctx.linear(z, p["ssm_out"], inputs=2), memory.replace(**kept)
 
 

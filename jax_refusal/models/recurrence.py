@@ -1,21 +1,20 @@
-"""What mixers with a state share: where prompts begin, short convolutions, the recurrence itself.
+"""What mixers with a state share: who comes before whom, short convolutions, the recurrence itself.
 
-Letters: B batch row, T token, C token of a chunk (i reads, j is read), H value heads, G key heads, R
-value heads of a key head, N key width, P value width.
+Letters: B batch row, T token, C token of a chunk (i reads, j is read), H value heads, G key heads,
+R value heads of a key head, N key width, P value width.
 
 A state [N, P] for each value head fades and takes in one token after the other:
 S <- exp(decay) S + k v^T, which a query reads as q S. In a row of packed prompts each begins with
-the state behind the tokens in front of all of them; padded tokens change nothing.
+the state behind the tokens that all of them share; padded tokens change nothing.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jax_refusal.capture import at_slots
-from jax_refusal.models.cache import PADDING, Tokens
+from jax_refusal.models.cache import PADDING, SHARED, Tokens
 from jax_refusal.models.ops import einsum
 
 CHUNK = 64  # tokens that are multiplied together; the state goes from chunk to chunk
@@ -23,21 +22,41 @@ CHUNK = 64  # tokens that are multiplied together; the state goes from chunk to 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Which tokens of a pass follow each other."""
+    """Which tokens of a pass follow each other. Below 0 lie the tokens before the pass: -1 is the
+    last of them."""
 
     real: jax.Array  # [B, T] bool, no padding
     segments: jax.Array  # [B, T], padding has that of the last real token before it
-    offset: jax.Array  # [B, T] tokens since the first of its segment
+    previous: tuple[jax.Array, ...]  # [B, T] the token before, the one before that, and so on
+    last: jax.Array  # [B, taps - 1] the last tokens of the row, in order
 
     @classmethod
-    def of(cls, tokens: Tokens) -> "Runs":
+    def of(cls, tokens: Tokens, taps: int) -> "Runs":
         real = tokens.segments != PADDING
-        at = jnp.broadcast_to(jnp.arange(real.shape[1]), real.shape)
-        last = jax.lax.cummax(jnp.where(real, at, -1), axis=1)
-        filled = jnp.where(last < 0, PADDING, at_slots(tokens.segments, jnp.maximum(last, 0)))
-        before = jnp.pad(filled, [(0, 0), (1, 0)], constant_values=PADDING)[:, :-1]
-        first = jax.lax.cummax(jnp.where(filled != before, at, 0), axis=1)
-        return cls(real=real, segments=filled, offset=at - first)
+        last = _last(real)
+        segments = jnp.where(last < 0, PADDING, at_slots(tokens.segments, jnp.maximum(last, 0)))
+        before, same = _before(last), segments == _before(segments)
+        # The first token of a prompt comes behind what is shared.
+        shared = jnp.where(segments == SHARED, -1, _last(tokens.segments == SHARED))
+        one = jnp.where((before >= 0) & same, before, shared)
+
+        def earlier(at: jax.Array) -> jax.Array:
+            return jnp.where(at < 0, at - 1, at_slots(one, jnp.maximum(at, 0)))
+
+        previous, ends = [one], [last[:, -1:]]
+        for _ in range(taps - 2):
+            previous.append(earlier(previous[-1]))
+            ends.insert(0, earlier(ends[0]))
+        ends = jnp.concatenate(ends, 1)
+        return cls(real=real, segments=segments, previous=tuple(previous), last=ends)
+
+
+def _last(flags: jax.Array) -> jax.Array:  # [B, T] bool -> [B, T], at or before each; -1 is none
+    return jax.lax.cummax(jnp.where(flags, jnp.arange(flags.shape[1])[None], -1), axis=1)
+
+
+def _before(x: jax.Array) -> jax.Array:  # [B, T], moved on by one token
+    return jnp.pad(x, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
 
 
 def convolve(
@@ -47,38 +66,18 @@ def convolve(
     tail: jax.Array | None,  # [B, taps - 1, ...], of the tokens before; None is zeros
     bias: jax.Array | None = None,  # [...]
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, ...], the new tail
-    """Each channel's own causal convolution, within prompts; the first tokens of a prompt reach
-    into the tail. Sums are in float32."""
-    T, taps = x.shape[1], kernel.shape[-1]
-    wide = tuple(range(2, x.ndim))
-    x = jnp.where(jnp.expand_dims(runs.real, wide), x, 0)
-    weights = [kernel[..., i].astype(jnp.float32) for i in range(taps)]
-    offset = jnp.expand_dims(runs.offset, wide)
-    out = x.astype(jnp.float32) * weights[-1]
-    for back in range(1, min(taps, T)):
-        earlier = jnp.pad(x, [(0, 0), (back, 0), *[(0, 0)] * len(wide)])[:, :T]
-        out += jnp.where(offset >= back, earlier, 0).astype(jnp.float32) * weights[-1 - back]
+    """Each channel's own causal convolution along a prompt. Sums are in float32."""
+    taps = kernel.shape[-1]
     if tail is None:
         tail = jnp.zeros((x.shape[0], taps - 1, *x.shape[2:]), x.dtype)
-    else:
-        for first in range(min(taps - 1, T)):  # of tokens since a prompt began
-            reached = zip(range(first, taps - 1), weights, strict=False)
-            before = sum(tail[:, i].astype(jnp.float32) * weight for i, weight in reached)
-            out += jnp.where(offset == first, jnp.asarray(before)[:, None], 0)
+    whole = jnp.concatenate([tail.astype(x.dtype), x], 1)
+    seen = [x, *(at_slots(whole, at + taps - 1) for at in runs.previous[: taps - 1])]
+    out = jnp.zeros(x.shape, jnp.float32)
+    for back, each in enumerate(seen):
+        out += each.astype(jnp.float32) * kernel[None, None, ..., -1 - back].astype(jnp.float32)
     if bias is not None:
-        out += bias.astype(jnp.float32)
-    return out.astype(x.dtype), _tail(x, tail, runs)
-
-
-def _tail(x: jax.Array, tail: jax.Array, runs: Runs) -> jax.Array:
-    """What a convolution of the tokens to come sees of x, behind the old tail."""
-    T, kept = x.shape[1], tail.shape[1]
-    at = jnp.where(runs.real, jnp.arange(T), -1)
-    last = at.max(1)[:, None]  # [B, 1]
-    own = jnp.where(last < 0, 0, at_slots(runs.offset, jnp.maximum(last, 0)) + 1)
-    back = jnp.arange(kept)[None, ::-1]  # tokens before the last one
-    where = jnp.where(back < own, kept + last - back, kept - 1 - back + own)
-    return at_slots(jnp.concatenate([tail.astype(x.dtype), x], 1), where)
+        out += bias[None, None].astype(jnp.float32)
+    return out.astype(x.dtype), at_slots(whole, runs.last[:, 1 - taps :] + taps - 1)
 
 
 def recur(
@@ -101,12 +100,8 @@ def recur(
         *(x.reshape(B, T, G, R).transpose(0, 2, 3, 1) for x in (decay, beta) if x is not None),
     ]
     arrays = [x.astype(jnp.float32) for x in grouped]  # [B, G, T, N] and [B, G, R, T, ...]
-    base = None if state is None else state.reshape(B, G, R, N, P)
-    start = jnp.zeros((B, G, R, N, P)) if base is None else base
-    if T == 1:
-        out, end = _step(arrays, runs.real, start)
-    else:
-        out, end = _chunks(arrays, runs, start, base)
+    start = jnp.zeros((B, G, R, N, P)) if state is None else state.reshape(B, G, R, N, P)
+    out, end = _step(arrays, runs.real, start) if T == 1 else _chunks(arrays, runs, start)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, P), end.reshape(B, H, N, P)
 
 
@@ -126,7 +121,6 @@ def _chunks(
     arrays: list[jax.Array],  # q, k [B, G, T, N], v [B, G, R, T, P], decay, and beta [B, G, R, T]
     runs: Runs,
     state: jax.Array,  # [B, G, R, N, P]
-    base: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:  # [B, G, R, T, P], [B, G, R, N, P]
     """The recurrence for many tokens: products within a chunk, a scan over chunks."""
     T = runs.real.shape[1]
@@ -141,32 +135,35 @@ def _chunks(
     axes = [2, 2, 3, 3, 3]
     scanned = [split(x, axis) for x, axis in zip(arrays, axes, strict=False)]
     scanned += [split(runs.real, 1), split(runs.segments, 1, "edge")]
-    carry = state, jnp.full(runs.real.shape[0], PADDING)
-    (state, _), out = jax.lax.scan(partial(_chunk, base), carry, scanned)
+    carry = state, state, jnp.full(runs.real.shape[0], PADDING)
+    (state, _, _), out = jax.lax.scan(_chunk, carry, scanned)
     out = jnp.moveaxis(out, 0, 3)
     return out.reshape(*out.shape[:3], count * size, -1)[:, :, :, :T], state
 
 
 def _chunk(
-    base: jax.Array | None,  # [B, G, R, N, P], where a prompt begins; None is zeros
-    carry: tuple[jax.Array, jax.Array],  # the state, and whose it is [B]
+    carry: tuple[jax.Array, jax.Array, jax.Array],
     scanned: list[jax.Array],
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """One chunk. Of the decays between two tokens only those of their own prompt count."""
-    (state, owner), (q, k, v, decay, *beta, real, segments) = carry, scanned
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """One chunk. Carried are a state and whose it is [B], and the state in which prompts begin.
+
+    What fades between two tokens is what the reader sees of the tokens between: its own prompt's,
+    and what is shared.
+    """
+    (state, base, owner), (q, k, v, decay, *beta, real, segments) = carry, scanned
     size = real.shape[1]
-    seen = (segments[:, :, None] == segments[:, None, :]) & real[:, None, :]
-    seen &= jnp.tril(jnp.ones((size, size), bool))  # [B, C, C]
-    since = einsum("bij,bgrj->bgri", seen.astype(jnp.float32), decay)  # the prompt or chunk began
+    shared = real & (segments == SHARED)
+    seen = (segments[:, :, None] == segments[:, None, :]) | shared[:, None, :]
+    seen &= real[:, None, :] & jnp.tril(jnp.ones((1, size, size), bool))  # [B, C, C]
+    since = einsum("bij,bgrj->bgri", seen.astype(jnp.float32), decay)  # the chunk began
     between = since[..., :, None] - since[..., None, :]
     fades = jnp.exp(jnp.where(seen[:, None, None], between, -jnp.inf))  # [B, G, R, C, C]
     follows = (segments == owner[:, None])[:, None, None, :, None]
 
     def carried(x: jax.Array) -> jax.Array:  # [B, G, C, N] -> [B, G, R, C, P]
-        """What x reads in the state in front of its token's part of this chunk."""
-        fresh = 0.0 if base is None else einsum("bgin,bgrnp->bgrip", x, base)
-        read = jnp.where(follows, einsum("bgin,bgrnp->bgrip", x, state), fresh)
-        return read * jnp.exp(since)[..., None]
+        """What x reads of the tokens in front of this chunk."""
+        own, fresh = (einsum("bgin,bgrnp->bgrip", x, each) for each in (state, base))
+        return jnp.where(follows, own, fresh) * jnp.exp(since)[..., None]
 
     if beta:
         share = beta[0][..., None]
@@ -176,11 +173,17 @@ def _chunk(
         )
     weights = einsum("bgin,bgjn->bgij", q, k)[:, :, None] * fades
     out = carried(q) + einsum("bgrij,bgrjp->bgrip", weights, v)
-    faded = v * fades[..., -1, :, None]
-    fresh = jnp.zeros_like(state) if base is None else base
-    start = jnp.where(_wide(segments[:, -1] == owner, state), state, fresh)
-    end = start * jnp.exp(since[..., -1])[..., None, None]
-    return (end + einsum("bgjn,bgrjp->bgrnp", k, faded), segments[:, -1]), out
+
+    def behind(start: jax.Array, total: jax.Array, fades: jax.Array) -> jax.Array:
+        """The state at the end, of what fades by `total` and of tokens that fade by `fades`."""
+        new = einsum("bgjn,bgrjp->bgrnp", k, v * fades[..., None])
+        return start * jnp.exp(total)[..., None, None] + new
+
+    start = jnp.where(_wide(segments[:, -1] == owner, state), state, base)
+    end = behind(start, since[..., -1], fades[..., -1, :])
+    total = jnp.where(shared[:, None, None], decay, 0).sum(-1)
+    left = jnp.where(shared[:, None, None], total[..., None] - since, -jnp.inf)
+    return (end, behind(base, total, jnp.exp(left)), segments[:, -1]), out
 
 
 def _wide(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -52,36 +52,46 @@ def text_model(hf: PreTrainedModel) -> nn.Module:
     return getattr(hf.model, "language_model", hf.model)
 
 
+def writers(block: nn.Module) -> dict[str, list[nn.Module]]:
+    """Site -> the modules whose outputs are added to the residual stream: norms, where there are
+    any behind a block."""
+    mixers = ("self_attn", "linear_attn", "mamba")
+    found = {
+        "attn_out": [getattr(block, name, None) for name in mixers],
+        "mlp_out": [getattr(block, n, None) for n in ("mlp", "block_sparse_moe", "shared_mlp")],
+        "per_layer_out": [getattr(block, "post_per_layer_input_norm", None)],
+    }
+    if hasattr(block, "post_feedforward_layernorm"):
+        found["attn_out"] = [block.post_attention_layernorm]
+        found["mlp_out"] = [block.post_feedforward_layernorm]
+    return {site: [m for m in modules if m is not None] for site, modules in found.items()}
+
+
 @torch.no_grad()
 def hf_everything(hf: PreTrainedModel, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits [B, T, V], and what arrives at each site that the model has [L, B, T, D]."""
-    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    layers = text_model(hf).layers
+    seen: dict[str, dict[int, np.ndarray]] = {site: {} for site in SITES}
 
-    def inward(_module: Any, args: Any) -> None:
-        seen["resid_pre"].append(args[0].float().numpy().copy())
+    def inward(number: int, _module: Any, args: Any) -> None:
+        seen["resid_pre"][number] = args[0].float().numpy().copy()
 
-    def outward(site: str, _module: Any, _args: Any, out: Any) -> None:
+    def outward(number: int, site: str, _module: Any, _args: Any, out: Any) -> None:
         out = out[0] if isinstance(out, tuple) else out
-        seen[site].append(out.float().numpy().reshape(B, T, -1).copy())
+        scale = getattr(layers[number], "residual_multiplier", 1.0)
+        out = scale * out.float().numpy().reshape(B, T, -1)
+        seen[site][number] = seen[site].get(number, 0) + out
 
     handles = []
-    for block in text_model(hf).layers:
-        # What is added to the residual stream: after the norm, where there is one.
-        post = hasattr(block, "post_feedforward_layernorm")
-        attn = block.post_attention_layernorm if post else block.self_attn
-        mlp = block.post_feedforward_layernorm if post else block.mlp
-        handles += [
-            block.register_forward_pre_hook(inward),
-            attn.register_forward_hook(partial(outward, "attn_out")),
-            mlp.register_forward_hook(partial(outward, "mlp_out")),
-        ]
-        if hasattr(block, "post_per_layer_input_norm"):
-            hook = partial(outward, "per_layer_out")
-            handles.append(block.post_per_layer_input_norm.register_forward_hook(hook))
+    for number, block in enumerate(layers):
+        handles.append(block.register_forward_pre_hook(partial(inward, number)))
+        for site, modules in writers(block).items():
+            hook = partial(outward, number, site)
+            handles += [module.register_forward_hook(hook) for module in modules]
     logits = hf(torch.tensor(ids)).logits.float().numpy()
     for handle in handles:
         handle.remove()
-    return logits, {site: np.stack(values) for site, values in seen.items() if values}
+    return logits, {site: np.stack([*each.values()]) for site, each in seen.items() if each}
 
 
 @jax.jit
