@@ -16,7 +16,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 RAMP = {**YARN, "rope_theta": 300.0, "beta_fast": 1.0, "beta_slow": 0.2, "truncate": False}
 SHORT = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [9.0] * 4}
 TYPES = ["full_attention", "sliding_attention"] * 2
-HYBRID = ["linear_attention", "linear_attention", "full_attention"] * 2
+HYBRID = [*["linear_attention"] * 2, "full_attention", "linear_attention"]
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
 GROWTH = {
     **YARN,
@@ -179,7 +179,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": {"architecture": "qwen3_5_text"},
     "qwen3_5_moe_text": {"architecture": "qwen3_5_moe_text", "tie_word_embeddings": True},
-    "qwen3_5": {"architecture": "qwen3_5", "layer_types": HYBRID, "num_hidden_layers": 6},
+    "qwen3_5": {"architecture": "qwen3_5", "layer_types": HYBRID},
     "granite": {"architecture": "granite", "attention_bias": True, "mlp_bias": True},
     "granitemoe": {"architecture": "granitemoe", "tie_word_embeddings": True},
     "granitemoeshared": {"architecture": "granitemoeshared"},
