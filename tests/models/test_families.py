@@ -37,6 +37,7 @@ from tests.tolerances import (
 )
 
 Checkpoint = Callable[..., Path]
+HYBRIDS = ("qwen3_next", "granitemoehybrid")
 B = 2
 ONE = np.ones(1, np.float32)
 MISTRAL = {"architecture": "mistral"}
@@ -128,7 +129,7 @@ def test_every_switch_changes_the_logits(
     assert largest(hf_everything(plain, ids)[0] - theirs) > 1e3 * PARITY * largest(theirs)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2", "qwen3", "gpt_oss", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "qwen3", "gpt_oss", "gemma4", *HYBRIDS])
 def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
     """Agrees loosely with Hugging Face's bfloat16, and strays no further from float32 than it."""
     path = checkpoint(**fields(name))
@@ -152,7 +153,7 @@ def cached(model: Transformer, tokens: Tokens, edit: Any, cache: Any) -> tuple[j
     return model.unembed(out.x), out.cache
 
 
-@pytest.mark.parametrize("name", [*WINDOWS, "gemma4", "olmo2_bias"])
+@pytest.mark.parametrize("name", [*WINDOWS, "gemma4", "olmo2_bias", *HYBRIDS])
 def test_cache_equals_no_cache(name: str, checkpoint: Checkpoint) -> None:
     """Prefill, then single tokens out of every layer's window, under an edit; as a CPU decodes."""
     model = jr.load_model(str(checkpoint(**fields(name))))
@@ -195,7 +196,7 @@ def test_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     assert sum(leaf.size for leaf in model.leaves().values()) == count
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_oss", "qwen3_next"])
 def test_bfloat16_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(**fields(name, dtype="bfloat16", shards=2))
     model = jr.load_model(str(path), dtype="bfloat16")
@@ -205,7 +206,7 @@ def test_bfloat16_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     assert not theirs
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "gpt_oss", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "gpt_oss", "gemma4", *HYBRIDS])
 def test_devices_read_their_slices(name: str, checkpoint: Checkpoint) -> None:
     """The same leaves on a mesh, fused tensors and norms over heads included."""
     path = str(checkpoint(**fields(name)))
