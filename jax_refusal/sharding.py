@@ -25,6 +25,8 @@ RULES: dict[str | None, str | None] = {
     "vocab": "model",
     "expert_mlp": "model",
     "per_layer_vocab": "model",
+    "key_heads": "model",
+    "state_heads": "model",
     "experts": None,
     "layers": None,
     "slots": None,
@@ -32,6 +34,11 @@ RULES: dict[str | None, str | None] = {
     "per_layer": None,
     "scalar": None,
     "head_width": None,
+    "value_heads": None,
+    "key_width": None,
+    "value_width": None,
+    "taps": None,
+    "tail": None,
     None: None,
 }
 

@@ -55,6 +55,47 @@ GEMMA4_VISION = {
         "position_embedding_size": 8,
     },
 }
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "full_attention_interval": 2,
+}
+SHARED_EXPERT = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 28,
+}
+QWEN_VISION = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+    },
+}
+GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 3.0,
+    **PAD,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 12,
+    "mamba_expand": 2,
+    "layer_types": [*["linear_attention"] * 2, "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "shared_intermediate_size": 28,
+}
 # Family -> its class in transformers, and fields that differ from those of `write_checkpoint`.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -95,11 +136,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
     ),
+    "qwen3_next": ("Qwen3NextForCausalLM", {**DELTA, **SHARED_EXPERT}),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", DELTA),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", {**DELTA, **SHARED_EXPERT}),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", {**DELTA, **QWEN_VISION}),
+    "granite": ("GraniteForCausalLM", GRANITE),
+    "granitemoe": ("GraniteMoeForCausalLM", {**GRANITE, "num_local_experts": 6}),
+    "granitemoeshared": (
+        "GraniteMoeSharedForCausalLM",
+        {**GRANITE, "num_local_experts": 6, "shared_intermediate_size": 28},
+    ),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {**GRANITE, **MAMBA}),
 }
 # Multimodal: the fields that are not the text model's.
 INSIDE = {
     "gemma3": ("vision_config", "mm_tokens_per_image", "tie_word_embeddings"),
     "gemma4": ("vision_config", "tie_word_embeddings"),
+    "qwen3_5": ("vision_config", "tie_word_embeddings"),
 }
 
 
@@ -189,15 +242,19 @@ def _parameter(name: str, noise: Any, family: str, scale: float) -> Any:
     and each block writes more than the embedding did. Norm gains stay near 1 but differ from it,
     biases are small but not zero, so that a lost or exchanged tensor shows. Gemma stores the gain
     as its distance from 1, up to its third version. Stacked experts [E, out, in] are as weights;
-    scales of whole layers are as gains.
+    scales of whole layers are as gains. What a state forgets is a tenth a token or so.
     """
     if noise.ndim in (2, 3):
         return noise * (scale / math.sqrt(noise.shape[-1]))
     if name.endswith("bias"):
         return 0.2 * noise
-    distance = family.startswith("gemma") and not family.startswith("gemma4")
-    centre, spread = (0.0, 0.3) if distance else (1.0, 0.1)
-    return centre + spread * noise
+    if name.endswith("A_log"):
+        return noise - 2
+    gemma = family.startswith("gemma") and not family.startswith("gemma4")
+    qwen = family.startswith(("qwen3_next", "qwen3_5"))
+    if gemma or (qwen and not name.endswith("linear_attn.norm.weight")):
+        return 0.3 * noise
+    return 1.0 + 0.1 * noise
 
 
 def _randomise(model: PreTrainedModel, seed: int, scale: float) -> None:

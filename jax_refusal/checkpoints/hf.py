@@ -40,7 +40,7 @@ PREFIXES = {
     "model.language_model.": "model.",
 }
 OTHER_MODALITIES = re.compile(
-    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio"
+    r"(model\.)?(vision_tower|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio"
     r"|vision_embedder)\..*"
 )
 # Halves of a tensor that lies in MXFP4; see `mxfp4`.
@@ -71,10 +71,10 @@ class TensorGroup:
 
     @cached_property
     def along(self) -> int:
-        """The dimension along which the parts follow each other, or alternate entry by entry."""
+        """The dimension along which the parts follow each other."""
         first = self.parts[0]
-        if first.alternates:
-            return len(first.dimensions) - 1
+        if first.split is not None:
+            return first.split[0]
         return int(first.dimensions[0] == ("experts",) and len(first.dimensions) > 1)
 
     @cached_property
@@ -97,20 +97,42 @@ class TensorGroup:
         return found
 
     @cached_property
+    def widths(self) -> dict[str, int]:
+        """Path of a part -> entries that are its own each time that the parts follow each other."""
+        along = self.along
+        return {p.path: p.split[1] if p.split else p.sizes[along] for p in self.parts}
+
+    @cached_property
     def starts(self) -> dict[str, int]:
-        """Path of a part -> entries of the parts in front of it; of those that alternate, how many
-        parts are."""
-        sizes = [1 if part.alternates else part.sizes[self.along] for part in self.parts]
-        ends = itertools.accumulate(sizes, initial=0)
-        return {part.path: start for part, start in zip(self.parts, ends, strict=False)}
+        """Path of a part -> entries of the parts in front of it."""
+        return dict(
+            zip(self.widths, itertools.accumulate(self.widths.values(), initial=0), strict=False)
+        )
 
     def where(self, part: Leaf, start: int, stop: int) -> slice:
-        """Where the entries start..stop of a part lie along the fused dimension."""
-        first = self.starts[part.path]
-        if part.alternates:
-            step = len(self.parts)
-            return slice(step * start + first, step * stop, step)
-        return slice(first + start, first + stop)
+        """Where the entries start..stop of a part lie along the fused dimension, with those of
+        other parts among them unless each is one entry wide."""
+        first, own, whole = self.starts[part.path], self.widths[part.path], self.period
+        if part.split is None:
+            return slice(first + start, first + stop)
+        if whole == len(self.parts):
+            return slice(whole * start + first, whole * stop, whole)
+        return slice(start // own * whole, stop // own * whole)
+
+    def own(self, part: Leaf, block: np.ndarray) -> np.ndarray:
+        """What is a part's own of the entries `where` it lies."""
+        if part.split is None or self.period == len(self.parts):
+            return block
+        start = self.starts[part.path]
+        before, after = block.shape[: self.along], block.shape[self.along + 1 :]
+        block = block.reshape(*before, -1, self.period, *after)
+        run = slice(start, start + self.widths[part.path])
+        return block[(*[slice(None)] * (self.along + 1), run)]
+
+    @property
+    def period(self) -> int:
+        """Entries of all parts together, each time that they follow each other."""
+        return sum(self.widths.values())
 
 
 @cache
@@ -314,10 +336,10 @@ def _written(
     for leaf in group.parts:
         own = leaf.axes[len(leaf.counted) :]
         order = [own.index(axis) for dimension in leaf.dimensions for axis in dimension]
-        pieces.append(np.asarray(arrays[leaf.path][place]).transpose(order).reshape(leaf.sizes))
-    if group.parts[0].alternates:
-        return np.stack(pieces, -1).reshape(*pieces[0].shape[:-1], -1)[slices]
-    return np.concatenate(pieces, group.along)[slices]
+        piece, run = np.asarray(arrays[leaf.path][place]), group.widths[leaf.path]
+        before, after = leaf.sizes[: group.along], leaf.sizes[group.along + 1 :]
+        pieces.append(piece.transpose(order).reshape(*before, -1, run, *after))
+    return np.concatenate(pieces, group.along + 1).reshape(group.shape)[slices]
 
 
 def _read(
@@ -335,13 +357,17 @@ def _read(
     own = leaf.axes[len(leaf.counted) :]
     # What to read of each tensor: of a dimension that holds several axes, a run of the first.
     slices = []
-    for dimension, (first, *rest) in enumerate(leaf.dimensions):
+    for dimension, held in enumerate(leaf.dimensions):
+        if not held:
+            slices.append(slice(0, 1))
+            continue
+        first, *rest = held
         inner = math.prod(size[axis] for axis in rest)
         start, stop = wanted[first].start * inner, wanted[first].stop * inner
         fused = dimension == group.along
         slices.append(group.where(leaf, start, stop) if fused else slice(start, stop))
     axes = [axis for dimension in leaf.dimensions for axis in dimension]
-    firsts = {dimension[0] for dimension in leaf.dimensions}
+    firsts = {dimension[0] for dimension in leaf.dimensions if dimension}
     sizes = [len(wanted[axis]) if axis in firsts else size[axis] for axis in axes]
     order = [axes.index(axis) for axis in own]
     others = tuple(
@@ -351,7 +377,7 @@ def _read(
     part = empty([len(wanted[axis]) for axis in leaf.axes], dtype)
     for place in itertools.product(*(wanted[axis] for axis in leaf.counted)):
         name = group.names[place]
-        block = tensors[name][tuple(slices)].astype(dtype)
+        block = group.own(leaf, tensors[name][tuple(slices)]).astype(dtype)
         if not np.isfinite(block.astype(np.float32) if dtype != np.float32 else block).all():
             broken.add(name)
         at = tuple(i - run.start for i, run in zip(place, ranges, strict=False))

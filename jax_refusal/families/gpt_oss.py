@@ -48,10 +48,10 @@ def _check(config: Config) -> None:
 NAMING = Naming(
     tensors=stored(
         router="mlp.router.weight",
-        expert_gate="mlp.experts.gate_up_proj: experts embed expert_mlp*",
-        expert_up="mlp.experts.gate_up_proj: experts embed expert_mlp*",
-        expert_gate_bias="mlp.experts.gate_up_proj_bias: experts expert_mlp*",
-        expert_up_bias="mlp.experts.gate_up_proj_bias: experts expert_mlp*",
+        expert_gate="mlp.experts.gate_up_proj: experts embed (expert_mlp |)",
+        expert_up="mlp.experts.gate_up_proj: experts embed (expert_mlp |)",
+        expert_gate_bias="mlp.experts.gate_up_proj_bias: experts (expert_mlp |)",
+        expert_up_bias="mlp.experts.gate_up_proj_bias: experts (expert_mlp |)",
         expert_down="mlp.experts.down_proj: experts expert_mlp embed",
     )
 )

@@ -11,8 +11,7 @@ LINEAR_ATTENTION = (
 # By `model_type`.
 REFUSED |= dict.fromkeys(
     """
-    qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text qwen4_exp olmo_hybrid kimi_linear
-    granitemoehybrid bamba jamba falcon_h1 nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 minimax
+    qwen4_exp olmo_hybrid kimi_linear bamba jamba falcon_h1 nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 minimax
     bailing_hybrid recurrent_gemma
     """.split(),
     LINEAR_ATTENTION,

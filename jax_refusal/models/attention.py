@@ -24,19 +24,22 @@ def params(spec: Attention, D: int) -> list[Param]:
     own, values = spec.kv_source is None, spec.kv_source is None and not spec.keys_are_values
 
     def projection(name: str, axes: tuple, layout: str, gguf: str) -> Param:
-        file = f"self_attn.{name}_proj.weight"
+        file = f"self_attn.{name[0]}_proj.weight"
         return Param(name, (*axes, stream), READS, file, f"{layout} embed", gguf)
 
     def inner(name: str, file: str, axes: tuple, layout: str, gguf: str = "") -> Param:
         return Param(name, axes, INSIDE, f"self_attn.{file}", layout, gguf)
 
-    found = [projection("q", q, in_q, "attn_q.weight")]
+    # A head's queries and its gate follow each other in one tensor.
+    queries = ("q", "q_gate") if spec.gate else ("q",)
+    of_q = "(heads | head_width)" if spec.gate else in_q
+    found = [projection(name, q, of_q, "attn_q.weight") for name in queries]
     found += [projection("k", kv, in_kv, "attn_k.weight")] * own
     found += [projection("v", kv, in_kv, "attn_v.weight")] * values
     file, layout = "self_attn.o_proj.weight", "embed (heads head_width)"
     found.append(Param("o", (stream, *q), WRITES, file, layout, "attn_output.weight"))
     if spec.qkv_bias:
-        found += [inner("q_bias", "q_proj.bias", q, in_q, "attn_q.bias")]
+        found += [inner(f"{n}_bias", "q_proj.bias", q, of_q, "attn_q.bias") for n in queries]
         found += [inner("k_bias", "k_proj.bias", kv, in_kv, "attn_k.bias")] * own
         found += [inner("v_bias", "v_proj.bias", kv, in_kv, "attn_v.bias")] * values
     if spec.out_bias:
@@ -45,10 +48,10 @@ def params(spec: Attention, D: int) -> list[Param]:
         )
     if spec.qk_norm:
         whole = spec.qk_norm == "projection"
-        of_q, of_k = (q, kv) if whole else ((width,), (width,))
+        normed_q, normed_k = (q, kv) if whole else ((width,), (width,))
         names = (in_q, in_kv) if whole else ("head_width", "head_width")
-        found += [inner("q_norm", "q_norm.weight", of_q, names[0], "attn_q_norm.weight")]
-        found += [inner("k_norm", "k_norm.weight", of_k, names[1], "attn_k_norm.weight")] * own
+        found += [inner("q_norm", "q_norm.weight", normed_q, names[0], "attn_q_norm.weight")]
+        found += [inner("k_norm", "k_norm.weight", normed_k, names[1], "attn_k_norm.weight")] * own
     if spec.sinks:
         found.append(inner("sinks", "sinks", (heads,), "heads"))
     return found
@@ -73,7 +76,11 @@ def attention(
         q = rotate(constrain(q, "batch", None, "heads", "head_width"), angles)
         if ctx.shared.query_scale is not None:
             q = q * ctx.last(ctx.shared.query_scale).astype(q.dtype)
-        z = site("z", _attend(p, spec, q, context, ctx.allowed(spec.window), site))
+        z = _attend(p, spec, q, context, ctx.allowed(spec.window), site)
+        if spec.gate:
+            gate = _biased(p, "q_gate", ctx.linear(ctx.last(x), p["q_gate"]))
+            z = z * jax.nn.sigmoid(gate)
+        z = site("z", z)
         out = ctx.linear(z, p["o"], inputs=2)
         return (out + p["o_bias"][None, None] if spec.out_bias else out), memory
 

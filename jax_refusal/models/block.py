@@ -5,22 +5,29 @@ Letters: B batch row, T token, Q token that is asked for, D residual width.
 
 import jax
 
-from jax_refusal.models import attention, gated_input, mlp, moe
+from jax_refusal.models import attention, delta_net, gated_input, mamba, mlp, moe
 from jax_refusal.models.cache import Memory
 from jax_refusal.models.context import Context, Site, Weights
+from jax_refusal.models.ops import times
 from jax_refusal.models.params import INSIDE, POST_NORM, READS, Param
 from jax_refusal.models.spec import (
     Architecture,
     Attention,
+    DeltaNet,
     GatedInput,
     LayerSpec,
+    Mamba2,
     Mlp,
     MlpAndMoe,
     Moe,
 )
 
 # Spec -> what it declares, what it computes. A new mixer or branch is its file, and a row here.
-MIXERS = {Attention: (attention.params, attention.attention)}
+MIXERS = {
+    Attention: (attention.params, attention.attention),
+    DeltaNet: (delta_net.params, delta_net.delta_net),
+    Mamba2: (mamba.params, mamba.mamba),
+}
 BRANCHES = {
     Mlp: (mlp.params, mlp.mlp),
     Moe: (moe.params, moe.moe),
@@ -64,9 +71,13 @@ def block(
     ablation stays one; what was added at layer l is scaled by all layers from l on.
     """
     mixer = MIXERS[type(spec.mixer)][1]
+
+    def written(x: jax.Array) -> jax.Array:
+        return x if spec.write_scale == 1.0 else times(x, spec.write_scale)
+
     x = site("resid_pre", x)
     out, memory = mixer(p, spec.mixer, ctx.normed(p, "attn_norm", x), ctx, site, memory)
-    x = ctx.last(x) + site("attn_out", ctx.normed(p, "attn_post_norm", out))
+    x = ctx.last(x) + site("attn_out", written(ctx.normed(p, "attn_post_norm", out)))
     for name, branch in spec.branches:
-        x = x + site(name, BRANCHES[type(branch)][1](p, branch, x, ctx, site))
+        x = x + site(name, written(BRANCHES[type(branch)][1](p, branch, x, ctx, site)))
     return (x * p["scale"][None, None] if spec.scale else x), memory

@@ -3,7 +3,9 @@
 Letters: B batch row, T token, C context slot, L layers, G key/value heads, K head width, N prefix
 tokens. Segments say which tokens may see each other: 0 is padding, SHARED is seen by every segment
 of its row, any other number is one prompt. A token sees the slots of its own segment (and the
-shared ones) whose position is not after its own; where in the row a token lies says nothing.
+shared ones) whose position is not after its own; where in the row a token lies says nothing to
+attention. Recurrent mixers know one state a row: to them tokens come in order, prompts one after the
+other and behind what is shared, and a cache's row has one prompt.
 """
 
 import dataclasses
@@ -26,7 +28,13 @@ SLOTS = "slots"
 AXES: dict[str, tuple[str, ...]] = {
     "k": ("batch", "kv_heads", "head_width", SLOTS),
     "v": ("batch", "kv_heads", SLOTS, "head_width"),
+    "state": ("batch", "state_heads", "key_width", "value_width"),
+    # What went into the convolutions at the last tokens.
+    "q_tail": ("batch", "tail", "key_heads", "key_width"),
+    "k_tail": ("batch", "tail", "key_heads", "key_width"),
+    "v_tail": ("batch", "tail", "state_heads", "value_width"),
 }
+DTYPES = {"state": jnp.float32}  # of what is not kept in the model's
 # One slot's arrays, stacked on its layers; those of one layer; none, of layers that read others'.
 Entry = dict[str, jax.Array]
 
@@ -184,7 +192,10 @@ def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         sizes = {**mixer.sizes, "batch": rows, SLOTS: slots}
         shapes = {name: [sizes[axis] for axis in AXES[name]] for name in mixer.remembers}
         stack = len(slot.layers)
-        return {name: jnp.zeros((stack, *shape), dtype) for name, shape in shapes.items()}
+        return {
+            name: jnp.zeros((stack, *shape), DTYPES.get(name, dtype))
+            for name, shape in shapes.items()
+        }
 
     return Cache(
         entries=tuple(map(entry, spec.slots(arch))),
@@ -218,10 +229,30 @@ class Memory:
 
     def read(self) -> Entry:
         """All of the context, as another layer remembered it."""
-        one = self.entry
+        return self._behind_past(self._own())
+
+    def before(self) -> Entry:
+        """What was remembered of the tokens before by name, {} where there were none: the cache's,
+        or the prefix's where the cache is still empty."""
+        own, past = self._own(), self.past
+        if not own or not past:
+            return own or past
+        first = self.start == 0
+        return {name: jnp.where(first, past[name], x) for name, x in own.items()}
+
+    def replace(self, **new: jax.Array) -> "Memory":
+        """Puts what is remembered now in place of what was, where anything is remembered."""
+        if not self.entry:
+            return self
+        entry = {name: x.astype(self.entry[name].dtype) for name, x in new.items()}
         if self.index is not None:
-            one = {name: stack[self.index] for name, stack in self.entry.items()}
-        return self._behind_past(one)
+            entry = {name: self.entry[name].at[self.index].set(x) for name, x in entry.items()}
+        return dataclasses.replace(self, entry=entry)
+
+    def _own(self) -> Entry:
+        if self.index is None:
+            return self.entry
+        return {name: x[self.index] for name, x in self.entry.items()}
 
     def _behind_past(self, whole: Entry) -> Entry:
         joined = {

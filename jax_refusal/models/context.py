@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_refusal.edits import SITES, Edit
-from jax_refusal.models import ops, rope
+from jax_refusal.models import ops, rope, spec
 from jax_refusal.models.cache import Cache, Tokens, lengths, visible
+from jax_refusal.models.recurrence import Runs
 from jax_refusal.models.spec import Architecture
 from jax_refusal.sharding import constrain
 from jax_refusal.sites import Capture
@@ -33,6 +34,12 @@ class Pass:
     angles: tuple[Angles, ...]  # of each of `arch.ropes`
     query_scale: jax.Array | None  # [B, T, 1, 1]
     few_rows: bool  # see `ops.linear`
+    runs: Runs | None  # where a mixer is recurrent
+
+    @property
+    def recurrent(self) -> Runs:
+        assert self.runs is not None
+        return self.runs
 
     @classmethod
     def of(
@@ -47,6 +54,7 @@ class Pass:
         positions = jnp.concatenate([part.positions for part in before], 1)
         segments = jnp.concatenate([part.segments for part in before], 1)
         allowed, distance = visible(tokens, positions, segments)
+        mixers = [each.mixer for each in arch.specs if isinstance(each.mixer, spec.Recurrent)]
         return cls(
             arch=arch,
             tokens=tokens,
@@ -55,14 +63,16 @@ class Pass:
             angles=_angles(arch, tokens),
             query_scale=_query_scale(arch, tokens.positions),
             few_rows=few_rows,
+            runs=Runs.of(tokens, max(m.taps for m in mixers)) if mixers else None,
         )
 
 
 def _angles(arch: Architecture, tokens: Tokens) -> tuple[Angles, ...]:
     by_length = any(each.kind == "prompt_ntk" for each in arch.ropes)
     counted = lengths(tokens) if by_length else None
-    widths = {m.rope: m.rotary_width or m.head_width for m in (s.mixer for s in arch.specs)}
-    some = next(iter(widths.values()))  # for what no layer turns by
+    turned = [s.mixer for s in arch.specs if isinstance(s.mixer, spec.Attention)]
+    widths = {mixer.rope: mixer.rotary_width or mixer.head_width for mixer in turned}
+    some = next(iter(widths.values()), 2)  # for what no layer turns by
     return tuple(
         rope.angles(tokens.positions, each, widths.get(i, some), counted)
         for i, each in enumerate(arch.ropes)

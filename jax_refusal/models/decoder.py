@@ -165,6 +165,8 @@ class Transformer(nnx.Module):
             x = ops.rms_norm(x, p["final_norm"], arch.norm_epsilon, arch.norm)
             few = x.shape[0] * x.shape[1] <= 32  # of more, this is slower here
             logits = ops.linear(x, p.get("head", p["embed"]), few_rows=few)
+            if arch.logit_divisor != 1.0:  # rounded to the model's dtype, as Hugging Face does
+                logits = logits / arch.logit_divisor
             logits = ops.soft_cap(logits.astype(jnp.float32), arch.logit_cap)
             return constrain(logits, "batch", None, "vocab")
 

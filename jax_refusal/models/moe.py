@@ -4,6 +4,8 @@ Letters: B batch row, T token, N tokens of all rows, D residual width, E experts
 token, F width of an expert.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ from jax_refusal.models import mlp as dense
 from jax_refusal.models.context import Context, Site, Weights
 from jax_refusal.models.ops import ACTIVATIONS, PRECISION, linear, times
 from jax_refusal.models.params import INSIDE, POST_NORM, READS, WRITES, Param
-from jax_refusal.models.spec import MlpAndMoe, Moe
+from jax_refusal.models.spec import Mlp, MlpAndMoe, Moe
 
 
 def params(spec: Moe, D: int) -> list[Param]:
@@ -30,7 +32,25 @@ def params(spec: Moe, D: int) -> list[Param]:
             Param("expert_up_bias", (E, F), INSIDE, "mlp.experts.gate_up_proj_bias"),
             Param("expert_down_bias", (E, stream), WRITES, "mlp.experts.down_proj_bias"),
         ]
+    if spec.shared_width:
+        found += [
+            dataclasses.replace(
+                param,
+                name=f"shared_{param.name}",
+                hf=param.hf.replace("mlp.", "mlp.shared_expert."),
+                gguf="",
+            )
+            for param in dense.params(_shared(spec), D)
+        ]
+    if spec.shared_gate:
+        gate = (("scalar", 1), stream)
+        found.append(Param("shared_share", gate, READS, "mlp.shared_expert_gate.weight"))
     return found
+
+
+def _shared(spec: Moe) -> Mlp:
+    """The expert that every token goes through."""
+    return Mlp(width=spec.shared_width, activation=spec.activation)
 
 
 def side_by_side_params(spec: MlpAndMoe, D: int) -> list[Param]:
@@ -54,6 +74,12 @@ def moe(p: Weights, spec: Moe, x: jax.Array, ctx: Context, site: Site) -> jax.Ar
             x, p["router"], spec.experts_per_token, spec.norm_topk_prob, p.get("router_bias")
         )
         out = routed_mlp(x, shares, chosen, p, spec)
+        if spec.shared_width:
+            own = {name: p[f"shared_{name}"] for name in ("gate", "up", "down")}
+            every = dense.gated(own, _shared(spec), x, ctx, site)
+            if spec.shared_gate:
+                every = every * jax.nn.sigmoid(ctx.linear(x, p["shared_share"]))
+            out = out + every
         return ctx.normed(p, "mlp_post_norm", out)
 
 

@@ -38,7 +38,8 @@ class Param:
     # experts). `{expert}` stands for the number of an expert.
     hf: str
     # The tensor's dimensions in the leaf's axis names, where `(heads head_width)` is one dimension
-    # holding both; a star says that parts alternate along the last one, entry by entry.
+    # holding both; a bar in it says that the parts follow each other within each entry of the axes
+    # in front of it: `(heads | head_width)`, or `(mlp |)` for parts that alternate entry by entry.
     layout: str = ""  # "" is the axes as they are
     gguf: str = ""  # llama.cpp's name, behind `blk.N.`
 
@@ -90,10 +91,16 @@ class Leaf:
         """Of the tensor's part, the axes that each dimension holds."""
         return _dimensions(self.stored.layout)
 
-    @property
-    def alternates(self) -> bool:
-        """With the other parts of its tensor, along the last dimension."""
-        return self.stored.layout.endswith("*")
+    @cached_property
+    def split(self) -> tuple[int, int] | None:
+        """Of a tensor whose parts follow each other again and again: along which dimension, and how
+        many entries are this part's each time."""
+        size = dict(zip(self.axes, self.shape, strict=True))
+        for dimension, group in enumerate(_groups(self.stored.layout)):
+            if "|" in group:
+                own = group.strip("()").partition("|")[2].split()
+                return dimension, math.prod(size[axis] for axis in own)
+        return None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -112,5 +119,9 @@ class Leaf:
 @cache
 def _dimensions(layout: str) -> tuple[tuple[str, ...], ...]:
     """'(heads head_width) embed' -> (('heads', 'head_width'), ('embed',))."""
-    found = re.findall(r"\([^)]*\)|\S+", layout)
-    return tuple(tuple(group.strip("()*").split()) for group in found)
+    return tuple(tuple(g.strip("()").replace("|", " ").split()) for g in _groups(layout))
+
+
+def _groups(layout: str) -> list[str]:
+    """'(heads head_width) embed' -> ['(heads head_width)', 'embed']."""
+    return re.findall(r"\([^)]*\)|\S+", layout)

@@ -57,6 +57,7 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     sinks: bool = False  # a learned score for each head, which takes attention and gives nothing
+    gate: bool = False  # each head's output is multiplied by the sigmoid of a projection of its own
     score_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 is none
 
     @property
@@ -68,6 +69,48 @@ class Attention:
     def sizes(self) -> dict[str, int]:
         """Of the axes of what it remembers."""
         return {"kv_heads": self.kv_heads, "head_width": self.head_width}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recurrent:
+    """A mixer that remembers a matrix for each head, and of a few tokens what its convolutions see.
+
+    Keys say where in the state values are put, queries where it is read; key heads are shared by
+    groups of value heads.
+    """
+
+    by_layer: ClassVar[tuple[str, ...]] = ()
+    kv_source: ClassVar[int | None] = None
+    remembers: ClassVar[tuple[str, ...]] = ("state", "q_tail", "k_tail", "v_tail")
+
+    heads: int  # H, of values
+    key_heads: int  # G
+    key_width: int  # N
+    value_width: int  # P
+    taps: int  # tokens that a convolution sees, its own among them
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes of what it remembers."""
+        return {
+            "state_heads": self.heads,
+            "key_heads": self.key_heads,
+            "key_width": self.key_width,
+            "value_width": self.value_width,
+            "tail": self.taps - 1,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaNet(Recurrent):
+    """Gated delta rule: a key's old value in the state makes way for the new one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba2(Recurrent):
+    """A state-space model (Mamba-2): values are added to a state that fades."""
+
+    conv_bias: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +133,8 @@ class Moe:
     norm_topk_prob: bool = True  # the shares of a token's experts are made to add up to 1
     bias: bool = False  # of the router, and of the experts' three projections
     swiglu_limit: float = 0.0  # gate <= limit, |up| <= limit, and up + 1; 0 is none
+    shared_width: int = 0  # F of an expert that every token goes through; 0 is none
+    shared_gate: bool = False  # what it writes is multiplied by the sigmoid of a projection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +153,7 @@ class GatedInput:
     activation: str
 
 
-Mixer = Attention
+Mixer = Attention | DeltaNet | Mamba2
 Branch = Mlp | Moe | MlpAndMoe | GatedInput
 
 
@@ -121,6 +166,7 @@ class LayerSpec:
     pre_norm: bool = True  # of what mixer and MLP read
     post_norm: bool = False  # of what they write
     scale: bool = False  # the stream is multiplied by a number at the end of the layer
+    write_scale: float = 1.0  # what mixer and branches write is multiplied by it
 
     @property
     def shape(self) -> "LayerSpec":
@@ -171,6 +217,7 @@ class Architecture:
     norm: str = "plain"  # a key of `ops.NORMS`
     tied_head: bool = False
     embed_scale: float = 1.0
+    logit_divisor: float = 1.0
     logit_cap: float = 0.0
     query_scale: float = 0.0  # queries are 1 + this * log(1 + position // query_period) longer
     query_period: int = 0  # tokens

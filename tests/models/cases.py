@@ -16,6 +16,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 RAMP = {**YARN, "rope_theta": 300.0, "beta_fast": 1.0, "beta_slow": 0.2, "truncate": False}
 SHORT = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [9.0] * 4}
 TYPES = ["full_attention", "sliding_attention"] * 2
+HYBRID = [*["linear_attention"] * 2, "full_attention", "linear_attention"]
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": WINDOW}
 GROWTH = {
     **YARN,
@@ -166,6 +167,30 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "qwen3_next": {"architecture": "qwen3_next"},
+    "qwen3_next_plain_layers": {
+        "architecture": "qwen3_next",
+        "norm_topk_prob": False,
+        "mlp_only_layers": [0],
+        "decoder_sparse_step": 2,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_text": {"architecture": "qwen3_5_text"},
+    "qwen3_5_moe_text": {"architecture": "qwen3_5_moe_text", "tie_word_embeddings": True},
+    "qwen3_5": {"architecture": "qwen3_5", "layer_types": HYBRID},
+    "granite": {"architecture": "granite", "attention_bias": True, "mlp_bias": True},
+    "granitemoe": {"architecture": "granitemoe", "tie_word_embeddings": True},
+    "granitemoeshared": {"architecture": "granitemoeshared"},
+    "granitemoehybrid": {"architecture": "granitemoehybrid", "tie_word_embeddings": True},
+    "granitemoehybrid_plain_rope": {
+        "architecture": "granitemoehybrid",
+        "num_local_experts": 0,
+        "position_embedding_type": "rope",
+        "mamba_conv_bias": False,
+        "mamba_n_groups": 1,
+    },
 }
 
 # Case -> fields that turn its switches off, each by itself; the weights stay the same.
@@ -217,6 +242,14 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
         {"swiglu_limit": 7.0},
     ],
     "qwen3_moe": [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
+    "qwen3_next": [{"norm_topk_prob": False}, {"partial_rotary_factor": 0.5}],
+    "granite": [
+        {"embedding_multiplier": 1.0},
+        {"attention_multiplier": 0.35},
+        {"residual_multiplier": 1.0},
+        {"logits_scaling": 1.0},
+    ],
+    "granitemoehybrid_plain_rope": [{"position_embedding_type": None}],
 }
 WINDOWS = [
     "qwen2_window",

@@ -37,6 +37,7 @@ from tests.tolerances import (
 )
 
 Checkpoint = Callable[..., Path]
+HYBRIDS = ("qwen3_next", "granitemoehybrid")
 B = 2
 ONE = np.ones(1, np.float32)
 MISTRAL = {"architecture": "mistral"}
@@ -52,36 +53,46 @@ def text_model(hf: PreTrainedModel) -> nn.Module:
     return getattr(hf.model, "language_model", hf.model)
 
 
+def writers(block: nn.Module) -> dict[str, list[nn.Module]]:
+    """Site -> the modules whose outputs are added to the residual stream: norms, where there are
+    any behind a block."""
+    mixers = ("self_attn", "linear_attn", "mamba")
+    found = {
+        "attn_out": [getattr(block, name, None) for name in mixers],
+        "mlp_out": [getattr(block, n, None) for n in ("mlp", "block_sparse_moe", "shared_mlp")],
+        "per_layer_out": [getattr(block, "post_per_layer_input_norm", None)],
+    }
+    if hasattr(block, "post_feedforward_layernorm"):
+        found["attn_out"] = [block.post_attention_layernorm]
+        found["mlp_out"] = [block.post_feedforward_layernorm]
+    return {site: [m for m in modules if m is not None] for site, modules in found.items()}
+
+
 @torch.no_grad()
 def hf_everything(hf: PreTrainedModel, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits [B, T, V], and what arrives at each site that the model has [L, B, T, D]."""
-    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    layers = text_model(hf).layers
+    seen: dict[str, dict[int, np.ndarray]] = {site: {} for site in SITES}
 
-    def inward(_module: Any, args: Any) -> None:
-        seen["resid_pre"].append(args[0].float().numpy().copy())
+    def inward(number: int, _module: Any, args: Any) -> None:
+        seen["resid_pre"][number] = args[0].float().numpy().copy()
 
-    def outward(site: str, _module: Any, _args: Any, out: Any) -> None:
+    def outward(number: int, site: str, _module: Any, _args: Any, out: Any) -> None:
         out = out[0] if isinstance(out, tuple) else out
-        seen[site].append(out.float().numpy().reshape(B, T, -1).copy())
+        scale = getattr(layers[number], "residual_multiplier", 1.0)
+        out = scale * out.float().numpy().reshape(B, T, -1)
+        seen[site][number] = seen[site].get(number, 0) + out
 
     handles = []
-    for block in text_model(hf).layers:
-        # What is added to the residual stream: after the norm, where there is one.
-        post = hasattr(block, "post_feedforward_layernorm")
-        attn = block.post_attention_layernorm if post else block.self_attn
-        mlp = block.post_feedforward_layernorm if post else block.mlp
-        handles += [
-            block.register_forward_pre_hook(inward),
-            attn.register_forward_hook(partial(outward, "attn_out")),
-            mlp.register_forward_hook(partial(outward, "mlp_out")),
-        ]
-        if hasattr(block, "post_per_layer_input_norm"):
-            hook = partial(outward, "per_layer_out")
-            handles.append(block.post_per_layer_input_norm.register_forward_hook(hook))
+    for number, block in enumerate(layers):
+        handles.append(block.register_forward_pre_hook(partial(inward, number)))
+        for site, modules in writers(block).items():
+            hook = partial(outward, number, site)
+            handles += [module.register_forward_hook(hook) for module in modules]
     logits = hf(torch.tensor(ids)).logits.float().numpy()
     for handle in handles:
         handle.remove()
-    return logits, {site: np.stack(values) for site, values in seen.items() if values}
+    return logits, {site: np.stack([*each.values()]) for site, each in seen.items() if each}
 
 
 @jax.jit
@@ -118,7 +129,7 @@ def test_every_switch_changes_the_logits(
     assert largest(hf_everything(plain, ids)[0] - theirs) > 1e3 * PARITY * largest(theirs)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2", "qwen3", "gpt_oss", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "qwen3", "gpt_oss", "gemma4", *HYBRIDS])
 def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
     """Agrees loosely with Hugging Face's bfloat16, and strays no further from float32 than it."""
     path = checkpoint(**fields(name))
@@ -142,7 +153,7 @@ def cached(model: Transformer, tokens: Tokens, edit: Any, cache: Any) -> tuple[j
     return model.unembed(out.x), out.cache
 
 
-@pytest.mark.parametrize("name", [*WINDOWS, "gemma4", "olmo2_bias"])
+@pytest.mark.parametrize("name", [*WINDOWS, "gemma4", "olmo2_bias", *HYBRIDS])
 def test_cache_equals_no_cache(name: str, checkpoint: Checkpoint) -> None:
     """Prefill, then single tokens out of every layer's window, under an edit; as a CPU decodes."""
     model = jr.load_model(str(checkpoint(**fields(name))))
@@ -185,7 +196,7 @@ def test_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     assert sum(leaf.size for leaf in model.leaves().values()) == count
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "gpt_oss", "qwen3_next"])
 def test_bfloat16_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     path = checkpoint(**fields(name, dtype="bfloat16", shards=2))
     model = jr.load_model(str(path), dtype="bfloat16")
@@ -195,7 +206,7 @@ def test_bfloat16_there_and_back(name: str, checkpoint: Checkpoint) -> None:
     assert not theirs
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "gpt_oss", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "phi3", "gpt_oss", "gemma4", *HYBRIDS])
 def test_devices_read_their_slices(name: str, checkpoint: Checkpoint) -> None:
     """The same leaves on a mesh, fused tensors and norms over heads included."""
     path = str(checkpoint(**fields(name)))

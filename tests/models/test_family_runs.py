@@ -24,10 +24,12 @@ from tests.tolerances import INVARIANCE, assert_close
 
 Checkpoint = Callable[..., Path]
 ALL = "gemma4_text_all_untied"
+HYBRIDS = ("qwen3_next", "qwen3_5", "granitemoehybrid")
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3_text", "ministral3_window_tied", "qwen3_moe", "gpt_oss", "gemma4_text", ALL]
+    "name",
+    ["gemma3_text", "ministral3_window_tied", "qwen3_moe", "gpt_oss", "gemma4_text", ALL, *HYBRIDS],
 )
 def test_packed_rows_equal_single_prompts(name: str, checkpoint: Checkpoint) -> None:
     """Two rotary bases, windows, growing queries and routed experts, by positions and not slots."""
@@ -38,7 +40,7 @@ def test_packed_rows_equal_single_prompts(name: str, checkpoint: Checkpoint) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma2", "gemma3_text", "mixtral", "phi3_partial_window", "gpt_oss", ALL]
+    "name", ["gemma2", "gemma3_text", "mixtral", "phi3_partial_window", "gpt_oss", ALL, *HYBRIDS]
 )
 def test_greedy_replies_are_those_of_hugging_face(name: str, checkpoint: Checkpoint) -> None:
     """Prefill, cache and decode, out of the windows of the prompt; unedited."""
