@@ -11,8 +11,8 @@ LINEAR_ATTENTION = (
 # By `model_type`.
 REFUSED |= dict.fromkeys(
     """
-    qwen4_exp olmo_hybrid kimi_linear bamba jamba falcon_h1 nemotron_h zamba zamba2 lfm2 lfm2_moe lfm3 minimax
-    bailing_hybrid recurrent_gemma
+    qwen4_exp olmo_hybrid kimi_linear bamba jamba falcon_h1 nemotron_h zamba zamba2 lfm2 lfm2_moe
+    lfm3 minimax bailing_hybrid recurrent_gemma
     """.split(),
     LINEAR_ATTENTION,
 )

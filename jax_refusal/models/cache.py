@@ -4,12 +4,13 @@ Letters: B batch row, T token, C context slot, L layers, G key/value heads, K he
 tokens. Segments say which tokens may see each other: 0 is padding, SHARED is seen by every segment
 of its row, any other number is one prompt. A token sees the slots of its own segment (and the
 shared ones) whose position is not after its own; where in the row a token lies says nothing to
-attention. Recurrent mixers know one state a row: to them tokens come in order, prompts one after the
-other and behind what is shared, and a cache's row has one prompt.
+attention. Recurrent mixers know one state a row: to them tokens come in order, prompts one after
+the other and behind what is shared, and a cache's row has one prompt.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,12 @@ def _apart(entry: Entry | tuple[Entry, ...]) -> tuple[Entry, ...]:
     assert isinstance(entry, dict)
     layers = zip(*entry.values(), strict=True)
     return tuple(dict(zip(entry, layer, strict=True)) for layer in layers)
+
+
+def put_back(old: Entry | tuple[Entry, ...], index: Any, new: Entry) -> Entry | tuple[Entry, ...]:
+    """What a slot remembers, when one of its layers remembers something new: a stack is whole
+    already, of single entries it is the one at `index`."""
+    return (*old[:index], new, *old[index + 1 :]) if isinstance(old, tuple) else new
 
 
 def empty(arch: Architecture, rows: int, slots: int, dtype: jnp.dtype) -> Cache:

@@ -5,7 +5,7 @@ layers, V vocabulary, R edit rows (1 or B).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from flax import nnx
 from jax_refusal.edits import Edit
 from jax_refusal.models import gated_input, ops
 from jax_refusal.models.block import block
-from jax_refusal.models.cache import Cache, Entry, Memory, Tokens, empty
+from jax_refusal.models.cache import Cache, Entry, Memory, Tokens, empty, put_back
 from jax_refusal.models.context import Context, Index, Pass, Site, Weights
 from jax_refusal.models.drivers import SCAN, Driver, Entries, LayerData, by_layer
 from jax_refusal.models.leaves import leaves
@@ -123,8 +123,14 @@ class Transformer(nnx.Module):
         cache = None if cache is None else cache.note(tokens)
         shared = Pass.of(self.arch, tokens, cache, prefix, drive.few_rows)
         narrow = query_slots is not None and set(capture.sites) <= {"resid_pre"}
-        last = _every if query_slots is None else partial(at_slots, slots=query_slots)
-        step = partial(layer, shared, edit, capture, prefix, start, last)
+        step = Step(
+            shared=shared,
+            edit=edit,
+            capture=capture,
+            prefix=prefix,
+            start=start,
+            asked=_every if query_slots is None else partial(at_slots, slots=query_slots),
+        )
         data = self.layer_data(tokens, edit, prefix)
         memory = _entries(self.arch, cache, x)
         x, memory, captured = drive(self.arch, step, x, memory, data, narrow)
@@ -189,38 +195,47 @@ def _entries(arch: Architecture, cache: Cache | None, x: jax.Array) -> Entries:
     return none | {n: room[n] for n in {place(arch, layer)[0] for layer in read}}
 
 
-def layer(
-    shared: Pass,
-    edit: Edit,
-    capture: Capture,
-    prefix: Cache | None,
-    start: jax.Array,  # the slot of the cache that the tokens begin at
-    narrow: Any,  # [B, T, ...] -> [B, Q, ...] in the last layer
-    slot: Slot,
-    data: LayerData,
-    x: jax.Array,  # [B, T, D]
-    entries: Entries,
-    index: Index,  # which of the slot's layers
-    last: bool,
-) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
-    """One layer as drivers run it: what it may see of the pass and of the cache, then `block`."""
-    mixer = slot.spec.mixer
-    pick, kinds = narrow if last else _every, shared.tokens.kinds
-    site = Site(edit=edit, layer=data.edit, capture=capture, kinds=kinds, last=pick)
-    ctx = Context(shared=shared, fields=data.fields, inputs=data.inputs, last=pick)
-    number, at, past = slot.number, index, data.past
-    if (source := mixer.kv_source) is not None:
-        number, at = place(shared.arch, source)
-        past = {} if prefix is None else {n: a[at] for n, a in prefix.stack(number).items()}
-    entry = entries[number]
-    apart = isinstance(entry, tuple)  # one entry a layer
-    own = entry[at] if apart else entry
-    memory = Memory(entry=own, index=None if apart else at, past=past, start=start)
-    x, memory = block(data.weights, slot.spec, x, ctx, site, memory)
-    if source is not None:
-        return x, entries[slot.number], site.captured
-    whole = (*entry[:at], memory.entry, *entry[at + 1 :]) if apart else memory.entry
-    return x, whole, site.captured
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What drivers do with each layer: what it may see of the pass and of the cache, then `block`."""
+
+    shared: Pass
+    edit: Edit
+    capture: Capture
+    prefix: Cache | None
+    start: jax.Array  # the slot of the cache that the tokens begin at
+    asked: Callable[[jax.Array], jax.Array]  # [B, T, ...] -> [B, Q, ...] in the last layer
+
+    def __call__(
+        self,
+        slot: Slot,
+        data: LayerData,
+        x: jax.Array,  # [B, T, D]
+        entries: Entries,
+        index: Index,  # which of the slot's layers
+        last: bool,
+    ) -> tuple[jax.Array, Entry | tuple[Entry, ...], dict[str, jax.Array]]:
+        pick, kinds = self.asked if last else _every, self.shared.tokens.kinds
+        site = Site(edit=self.edit, layer=data.edit, capture=self.capture, kinds=kinds, last=pick)
+        ctx = Context(shared=self.shared, fields=data.fields, inputs=data.inputs, last=pick)
+        memory = self._memory(slot, data, entries, index)
+        x, memory = block(data.weights, slot.spec, x, ctx, site, memory)
+        own = entries[slot.number]
+        if slot.spec.mixer.kv_source is None:  # else it is another layer's that was read
+            own = put_back(own, index, memory.entry)
+        return x, own, site.captured
+
+    def _memory(self, slot: Slot, data: LayerData, entries: Entries, index: Index) -> Memory:
+        """The layer's place in the cache, or that of the layer whose keys and values it reads."""
+        number, at, past = slot.number, index, data.past
+        if (source := slot.spec.mixer.kv_source) is not None:
+            number, at = place(self.shared.arch, source)
+            stack = {} if self.prefix is None else self.prefix.stack(number)
+            past = {name: array[at] for name, array in stack.items()}
+        entry = entries[number]
+        if isinstance(entry, tuple):
+            return Memory(entry=entry[at], index=None, past=past, start=self.start)
+        return Memory(entry=entry, index=at, past=past, start=self.start)
 
 
 def _every(x: jax.Array) -> jax.Array:
