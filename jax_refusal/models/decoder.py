@@ -197,7 +197,7 @@ def _entries(arch: Architecture, cache: Cache | None, x: jax.Array) -> Entries:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What drivers do with each layer: what it may see of the pass and of the cache, then `block`."""
+    """What drivers do with each layer: what it may see of pass and cache, then `block`."""
 
     shared: Pass
     edit: Edit
