@@ -3,7 +3,7 @@
 import math
 
 from jax_refusal.models.leaves import leaves
-from jax_refusal.models.spec import Architecture
+from jax_refusal.models.spec import Architecture, Attention
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study import selection
 
@@ -15,8 +15,9 @@ def block_weights(arch: Architecture) -> int:
 
 def kv_weights(arch: Architecture) -> int:
     """Of these, what makes the keys and values of the last layer."""
-    mixer = arch.specs[-1].mixer
-    return 2 * arch.width * mixer.kv_heads * mixer.head_width
+    found = [leaf for leaf in leaves(arch).values() if arch.layers - 1 in leaf.layers]
+    own = [leaf for leaf in found if leaf.param.name in ("k", "v")]
+    return sum(math.prod(leaf.shape) // len(leaf.layers) for leaf in own)
 
 
 def head_weights(arch: Architecture) -> int:
@@ -30,7 +31,8 @@ def weight_bytes(arch: Architecture) -> int:
 
 def cache_bytes(arch: Architecture, rows: int, context: float) -> float:
     """Keys and values of `context` tokens in float32."""
-    own = [s.mixer for s in arch.specs if s.mixer.remembers]
+    mixers = (spec.mixer for spec in arch.specs)
+    own = [m for m in mixers if isinstance(m, Attention) and m.remembers]
     return 4 * 2 * sum(m.kv_heads * m.head_width for m in own) * context * rows
 
 
