@@ -96,8 +96,7 @@ def _draw_not_scored(axes: "Axes", selection: Selection, score: str, positions: 
     axes.tick_params(axis="y", labelsize="x-small", length=0)
     axes.set_ylabel("position", fontsize="small")
     axes.set_title(
-        f"{NOT_SCORED}: pruned, zero, or failed a cheaper criterion (selection.full_grid scores "
-        "all)",
+        f"{NOT_SCORED}: zero, or, without selection.full_grid, pruned or failed a cheaper test",
         fontsize="small",
         loc="left",
     )
