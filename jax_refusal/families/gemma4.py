@@ -106,40 +106,48 @@ def _mixers(
 
 def _heads(config: Config, windows: tuple[int, ...]) -> list[tuple[int, int]]:  # [L] of (K, G)
     """As the hub's files say it by kind, or as transformers 5 writes it by layer."""
-    width, heads = config["head_dim"], config["num_key_value_heads"]
-    wide = config["global_head_dim"], heads
-    if config.get("attention_k_eq_v"):
-        wide = wide[0], config.get("num_global_key_value_heads") or heads
-    given = config.get("per_layer_config")
-    if given is None:
-        found = [(width, heads) if window else wide for window in windows]
-    else:
-        usual = {"head_dim": width, "num_key_value_heads": heads}
-        found = _per_layer_heads(given, len(windows), usual)
-    for name, place in (("global_head_dim", 0), ("num_global_key_value_heads", 1)):
-        if wrong := [pair[place] for pair in found if not isinstance(pair[place], int)]:
-            raise UnsupportedModel(f"{name}={wrong[0]!r} is no number.")
-    for _, heads in found:
-        if config["num_attention_heads"] % heads:
+    queries = config["num_attention_heads"]
+    config = {**config, "num_key_value_heads": config["num_key_value_heads"] or queries}
+    _check_per_layer(config.get("per_layer_config") or {}, len(windows))
+    found = []
+    for layer, window in enumerate(windows):
+        (width_field, width), (heads_field, heads) = _said_of_heads(config, layer, window)
+        for field, value in ((width_field, width), (heads_field, heads)):
+            if not isinstance(value, int) or value < 1:
+                raise UnsupportedModel(f"{field}={value!r} is no number above 0.")
+        if queries % heads:
             raise UnsupportedModel(
-                f"num_global_key_value_heads={heads!r} does not divide "
-                f"num_attention_heads={config['num_attention_heads']}."
+                f"{heads_field}={heads!r} does not divide num_attention_heads={queries}."
             )
+        found.append((width, heads))
     return found
 
 
-def _per_layer_heads(
-    given: Mapping[str, Mapping[str, Any]], layers: int, usual: Mapping[str, int]
-) -> list[tuple[int, int]]:
-    """Only what differs from the usual is written, by layer."""
+def _said_of_heads(config: Config, layer: int, window: int) -> list[tuple[str, Any]]:
+    """K and G of one layer, each with the field that says it."""
+    width, heads = "head_dim", "num_key_value_heads"
+    given = config.get("per_layer_config")
+    if given is not None:  # only what differs from the usual is written
+        own = given.get(str(layer), {})
+        return [
+            (f"per_layer_config.{layer}.{name}", own[name]) if name in own else (name, config[name])
+            for name in (width, heads)
+        ]
+    if not window:
+        width = "global_head_dim"
+        if config.get("attention_k_eq_v") and config.get("num_global_key_value_heads"):
+            heads = "num_global_key_value_heads"
+    return [(width, config[width]), (heads, config[heads])]
+
+
+def _check_per_layer(given: Mapping[str, Mapping[str, Any]], layers: int) -> None:
+    usual = {"head_dim", "num_key_value_heads"}
     numbers = {str(i) for i in range(layers)}
-    if not set(given) <= numbers or any(set(own) - set(usual) for own in given.values()):
+    if not set(given) <= numbers or any(set(own) - usual for own in given.values()):
         raise UnsupportedModel(
             f"per_layer_config={dict(given)!r}: supported are the numbers of layers, "
             f"0..{layers - 1}, and for each of them {sorted(usual)}."
         )
-    every = [{**usual, **given.get(str(i), {})} for i in range(layers)]
-    return [(own["head_dim"], own["num_key_value_heads"]) for own in every]
 
 
 def _branches(config: Config, shares_kv: bool) -> tuple[tuple[str, Branch], ...]:

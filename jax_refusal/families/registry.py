@@ -121,7 +121,7 @@ def architecture(config: Config, ignore: tuple[str, ...] = ()) -> Architecture:
     if wrapper:
         config = _inside(config, ignore)
     name = config.get("model_type")
-    if name in REFUSED:
+    if name in REFUSED and name not in FAMILIES:  # one from outside may compute it
         raise UnsupportedModel(f"model_type={name!r} is not supported: it {REFUSED[name]}.")
     if name not in FAMILIES:
         raise UnsupportedModel(

@@ -4,12 +4,14 @@ The files here are shortened to the fields that say something about the forward 
 values of the published models.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
 import jax_refusal as jr
+from jax_refusal.families import registry
 from jax_refusal.families.registry import REFUSED, architecture
 from jax_refusal.models.spec import Architecture, Attention, Mlp, Moe, UnsupportedModel
 from tests.models.cases import fields
@@ -485,6 +487,15 @@ def test_what_is_not_computed_is_refused_by_name(name: str) -> None:
 def test_hybrids_are_refused_with_what_they_would_take(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"{name}.*state.*key/value cache"):
         architecture({"model_type": name})
+
+
+def test_a_family_from_outside_may_compute_what_is_refused(monkeypatch) -> None:
+    name = next(iter(REFUSED))
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
+    registry.register(dataclasses.replace(registry.FAMILIES["llama"], model_type=name))
+    llama = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    llama |= {"num_hidden_layers": 1, "max_position_embeddings": 9, "rms_norm_eps": 1e-6}
+    assert architecture({**llama, "model_type": name}).family == name
 
 
 def test_beyond_the_exact_context_logits_are_refused(checkpoint) -> None:

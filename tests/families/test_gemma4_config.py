@@ -185,6 +185,11 @@ def test_layers_that_are_all_alike_or_all_different() -> None:
     assert architecture({**known, "per_layer_config": given}).specs[3].mixer.head_width == 128
 
 
+def test_key_value_heads_that_are_not_said_are_one_for_each_query_head() -> None:
+    arch = architecture({**E2B, "num_key_value_heads": None})
+    assert {spec.mixer.kv_heads for spec in arch.specs} == {8}
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"attention_bias": True}, "attention_bias=True"),
     "both ways": ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
@@ -197,6 +202,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": (
         {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
         "num_global_key_value_heads=3 does not divide num_attention_heads=8",
+    ),
+    "local heads": ({"num_key_value_heads": 3}, "^num_key_value_heads=3 does not divide"),
+    "no local width": ({"head_dim": 0}, "^head_dim=0 is no number above 0"),
+    "nothing wide": ({"global_head_dim": 0}, "^global_head_dim=0 is no number above 0"),
+    "heads of a layer": (
+        {"per_layer_config": {"4": {"num_key_value_heads": 3}}},
+        r"per_layer_config\.4\.num_key_value_heads=3 does not divide",
     ),
     "all shared": ({"num_kv_shared_layers": 35}, "num_kv_shared_layers=35: the first 0 layers"),
     "one kind": ({"num_kv_shared_layers": 33}, "num_kv_shared_layers=33: the first 2 layers"),
