@@ -35,10 +35,12 @@ def commands(page: Path) -> list[str]:
 
 def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     """A process of its own, to a good end."""
+    given = runs.environment(cache)
+    del given["XLA_FLAGS"]  # as a reader has it: tests compile for themselves, and run slowly
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=runs.environment(cache),
+        env=given,
         capture_output=True,
         text=True,
         timeout=250,

@@ -14,6 +14,7 @@ import jax_refusal as jr
 from jax_refusal.data.chat import Chat
 from jax_refusal.edits import Edit, take
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN
 from jax_refusal.runtime import decode
 from jax_refusal.runtime import generate as generation
 from jax_refusal.runtime.batching import Prompts, pools
@@ -99,7 +100,7 @@ def test_rows_take_in_the_prompts_that_wait(
 ) -> None:
     """Layer after layer, and by a scan as accelerators step; a whole batch prefilled in parts."""
     if scan:
-        monkeypatch.setattr(Transformer, "unrolled", lambda model: None)
+        monkeypatch.setattr(generation, "driver", lambda model: SCAN)
     monkeypatch.setattr(generation, "AT_ONCE", at_once)
     found = generate(
         model,
