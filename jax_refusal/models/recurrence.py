@@ -20,6 +20,7 @@ from jax_refusal.sites import at_slots
 CHUNK = 64  # tokens that are multiplied together; the state goes from chunk to chunk
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runs:
     """Which tokens of a pass follow each other. Below 0 lie the tokens before the pass: -1 is the
