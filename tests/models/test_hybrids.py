@@ -18,13 +18,13 @@ import torch
 from transformers import PreTrainedModel
 
 import jax_refusal as jr
-from jax_refusal.capture import Capture
 from jax_refusal.edits import SITES
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.recurrence import CHUNK, Runs, recur
 from jax_refusal.models.spec import phases
 from jax_refusal.runtime.generate import generate
+from jax_refusal.sites import Capture
 from jax_refusal.study.sweep import Sweep
 from tests import tiny
 from tests.models.cases import T, fields
