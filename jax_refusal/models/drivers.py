@@ -86,37 +86,39 @@ class Scan:
 
         def repeat(carry, scanned, last=False):
             (x, own), (index, layers), captured = carry, scanned, []
-            for slot, layer in zip(phase.slots, layers, strict=True):
+            for slot, stack in zip(phase.slots, layers or stacks, strict=True):
+                whole = not layers
+
+                def fetch(stack=stack, whole=whole):
+                    return jax.tree.map(lambda a: a[index], stack) if whole else stack
+
                 ends = last and slot is phase.slots[-1]
-                x, own, found = self._layer(step, slot, layer, x, entries, own, index, ends)
+                x, own, found = self._layer(step, slot, fetch, x, entries, own, index, ends)
                 captured.append(found)
             return (x, own), tuple(captured)
 
-        def numbered(index):  # a slice of all repeats but one would be a copy of the weights
-            return index, jax.tree.map(lambda a: a[index], stacks)
-
         carry, captured = (x, own), []
         apart = int(narrow or phase.repeats == 1)  # repeats that are no part of the scan
-        if not apart:
-            carry, found = jax.lax.scan(repeat, carry, (jnp.arange(phase.repeats), stacks))
-            captured.append(found)
-        elif phase.repeats > 1:
-            before = jnp.arange(phase.repeats - 1)
-            carry, found = jax.lax.scan(lambda c, i: repeat(c, numbered(i)), carry, before)
+        looped = jnp.arange(phase.repeats - apart)
+        # Of some repeats, or of layers that may not run, weights are fetched as they are needed:
+        # a slice of the stacks would be a copy.
+        layers = None if apart or self.span is not None else stacks
+        if len(looped):
+            carry, found = jax.lax.scan(repeat, carry, (looped, layers))
             captured.append(found)
         if apart:
-            carry, found = repeat(carry, numbered(phase.repeats - 1), narrow)
+            carry, found = repeat(carry, (phase.repeats - 1, None), narrow)
             captured.append(jax.tree.map(lambda a: a[None], found))
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
         numbers = [slot.number for slot in phase.slots]
         x, own = carry
         return x, {**entries, **own}, dict(zip(numbers, whole, strict=True))
 
-    def _layer(self, step, slot, layer, x, entries, own, index, last):
+    def _layer(self, step, slot, fetch, x, entries, own, index, last):
         """One layer, where it lies in the span."""
 
         def run(x, own):
-            x, entry, found = step(slot, layer, x, {**entries, **own}, index, last)
+            x, entry, found = step(slot, fetch(), x, {**entries, **own}, index, last)
             return x, {**own, slot.number: entry}, found
 
         def skip(x, own):
@@ -125,8 +127,8 @@ class Scan:
         if self.span is None or last:
             return run(x, own)
         shapes = jax.eval_shape(run, x, own)[2]
-        inside = (self.span[0] <= layer.number) & (layer.number < self.span[1])
-        return jax.lax.cond(inside, run, skip, x, own)
+        number = jnp.array(slot.layers)[index]
+        return jax.lax.cond((self.span[0] <= number) & (number < self.span[1]), run, skip, x, own)
 
 
 @jax.tree_util.register_dataclass
