@@ -17,12 +17,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import jax_refusal as jr
-from jax_refusal.evals.loss import reply_loss
 from jax_refusal.edits import ablate
-from jax_refusal.models.cache import Tokens, lengths
+from jax_refusal.evals.loss import reply_loss
 from jax_refusal.families.registry import architecture
-from jax_refusal.models.spec import UnsupportedModel
+from jax_refusal.models.cache import Tokens, lengths
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.spec import UnsupportedModel
 from jax_refusal.runtime import collect
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.generate import ContextError, generate
