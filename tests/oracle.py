@@ -122,6 +122,10 @@ def _edit_output(edit: Edit) -> Callable[..., Any]:
     return hook
 
 
+# What a block adds to the residual stream comes from those of these modules that it has.
+WRITERS = ("self_attn", "linear_attn", "mamba", "mlp", "block_sparse_moe", "shared_mlp")
+
+
 @contextmanager
 def ablation_hooks(m: nn.Module, direction: Tensor | np.ndarray) -> Iterator[None]:
     """Within the context, x <- x - <x, u> u at all positions, with u = direction / |direction| [D].
@@ -140,11 +144,9 @@ def ablation_hooks(m: nn.Module, direction: Tensor | np.ndarray) -> Iterator[Non
 
     with ExitStack() as stack:
         for block in _layers(m):
-            for handle in (
-                block.register_forward_pre_hook(_edit_input(edit)),
-                block.self_attn.register_forward_hook(_edit_output(edit)),
-                block.mlp.register_forward_hook(_edit_output(edit)),
-            ):
+            writers = [w for name in WRITERS if (w := getattr(block, name, None)) is not None]
+            handles = [writer.register_forward_hook(_edit_output(edit)) for writer in writers]
+            for handle in (block.register_forward_pre_hook(_edit_input(edit)), *handles):
                 stack.callback(handle.remove)
         yield
 

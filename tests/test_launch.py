@@ -235,6 +235,15 @@ FAMILY = {
     "gemma_4_e4b_it": "gemma4",
     "gemma_4_12b_it": "gemma4_unified",
     "gpt_oss_20b": "gpt_oss",
+    "qwen3_next_80b_a3b_instruct": "qwen3_next",
+    "qwen3_5_27b": "qwen3_5",
+    "qwen3_5_35b_a3b": "qwen3_5_moe",
+    "granite_3_3_8b_instruct": "granite",
+    "granite_3_1_1b_a400m_instruct": "granitemoe",
+    "granite_4_0_h_tiny": "granitemoehybrid",
+    "olmoe_1b_7b_instruct": "olmoe",
+    "exaone_4_0_1_2b": "exaone4",
+    "seed_oss_36b_instruct": "seed_oss",
 }
 # Families without a config of their own, and why.
 WITHOUT = {
@@ -242,6 +251,9 @@ WITHOUT = {
     "ministral3": "inside mistral3",
     "gemma4_text": "inside gemma4",
     "gemma4_unified_text": "inside gemma4_unified",
+    "qwen3_5_text": "inside qwen3_5",
+    "qwen3_5_moe_text": "inside qwen3_5_moe",
+    "granitemoeshared": "between granitemoe and granitemoehybrid, with no chat model of its own",
 }
 
 
@@ -269,6 +281,8 @@ SIZES = {
     "olmo_3_7b_instruct": published.OLMO3_7B,
     "ministral_3_3b_instruct": published.MINISTRAL3_3B,
     "mixtral_8x7b_instruct": published.MIXTRAL_8X7B,
+    "qwen3_next_80b_a3b_instruct": published.QWEN3_NEXT_80B,
+    "granite_4_0_h_tiny": published.GRANITE4_H_TINY,
 }
 
 

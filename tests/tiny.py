@@ -62,6 +62,7 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "full_attention_interval": 2,
+    "rms_norm_eps": 1e-2,  # what a first token reads of so narrow a state may be nearly nothing
 }
 SHARED_EXPERT = {
     "num_experts": 6,
@@ -136,6 +137,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {"head_dim": 24, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20},
     ),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 6, "num_experts_per_tok": 3, **PAD}),
+    "exaone4": ("Exaone4ForCausalLM", {}),
+    "seed_oss": ("SeedOssForCausalLM", {"head_dim": 24, **PAD}),
     "qwen3_next": ("Qwen3NextForCausalLM", {**DELTA, **SHARED_EXPERT}),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", DELTA),
     "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", {**DELTA, **SHARED_EXPERT}),

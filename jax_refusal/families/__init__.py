@@ -2,6 +2,7 @@
 is writing it and naming it here."""
 
 from jax_refusal.families import (
+    exaone,
     gemma,
     gemma4,
     gpt_oss,
@@ -14,10 +15,12 @@ from jax_refusal.families import (
     qwen1,
     qwen3_next,
     refused,
+    seed_oss,
     smollm3,
 )
 
 __all__ = [
+    "exaone",
     "gemma",
     "gemma4",
     "gpt_oss",
@@ -30,5 +33,6 @@ __all__ = [
     "qwen1",
     "qwen3_next",
     "refused",
+    "seed_oss",
     "smollm3",
 ]

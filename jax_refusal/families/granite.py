@@ -42,8 +42,9 @@ def read_hybrid(config: Config) -> Architecture:
     branch = _experts(config)
     if not config["num_local_experts"]:
         branch = mlp(config, width=config["shared_intermediate_size"])
-    turned = config["position_embedding_type"] == "rope"
-    rope = one_rope(config) if turned else Rope(base=1.0, kind="none")
+    rope = one_rope(config)
+    if config["position_embedding_type"] != "rope":
+        rope = Rope(base=rope.base, kind="none")
     return _read(config, [mixers[kind] for kind in types], branch, rope)
 
 

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms of what is written alone."""
+"""OLMo 2 and 3, with norms of what is written alone, and OLMoE, with norms of what is read."""
 
 from jax_refusal.families.common import (
     attention,
@@ -9,8 +9,9 @@ from jax_refusal.families.common import (
     some_layers,
     two_ropes,
 )
+from jax_refusal.families.qwen import FUSED_EXPERTS
 from jax_refusal.families.registry import Config, Family, register
-from jax_refusal.models.spec import Architecture
+from jax_refusal.models.spec import Architecture, Moe, Naming
 
 
 def read_olmo2(config: Config) -> Architecture:
@@ -34,6 +35,17 @@ def read_olmo3(config: Config) -> Architecture:
     return decoder(config, specs, two_ropes(config, 5e5, 5e5), norm="scale_in_float32")
 
 
+def read_olmoe(config: Config) -> Architecture:
+    experts = Moe(
+        experts=config["num_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        width=config["intermediate_size"],
+        norm_topk_prob=bool(config["norm_topk_prob"]),
+    )
+    specs = layers(config, attention(config, qk_norm="projection"), experts)
+    return decoder(config, specs, (one_rope(config),))
+
+
 register(Family(model_type="olmo2", read=read_olmo2, fields="attention_bias"))
 register(
     Family(
@@ -44,5 +56,18 @@ register(
         defaults={"sliding_window": 4096},
         # Of another base the library keeps only one half; files of today have this one.
         fixed={"rope_theta": (500000,)},
+    )
+)
+register(
+    Family(
+        model_type="olmoe",
+        read=read_olmoe,
+        fields="""attention_bias clip_qkv num_experts num_experts_per_tok norm_topk_prob
+            output_router_logits router_aux_loss_coef""",
+        required="num_experts num_experts_per_tok",
+        defaults={"norm_topk_prob": False},
+        renamed={"num_local_experts": "num_experts"},  # as transformers 5 may have it
+        fixed={"clip_qkv": (None,)},
+        namings=(Naming(), FUSED_EXPERTS),
     )
 )

@@ -52,7 +52,7 @@ def test_a_config_with_something_new(family: str, checkpoint: Checkpoint) -> Non
     architecture(config)
     for extra, words in [
         ({"norm_type": "layernorm"}, "unknown field norm_type='layernorm'.*ignore_config_fields"),
-        ({"residual_multiplier": 0.2}, "unknown field residual_multiplier=0.2"),
+        ({"lm_head_multiplier": 0.2}, "unknown field lm_head_multiplier=0.2"),
         ({"hidden_act": "relu2"}, r"hidden_act='relu2' \(supported: \["),
     ]:
         with pytest.raises(UnsupportedModel, match=words):
@@ -193,7 +193,7 @@ def test_a_template_that_raises(template: str, checkpoint: Checkpoint, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "granitemoehybrid", "falcon_h1"])
+@pytest.mark.parametrize("family", ["nemotron_h", "kimi_linear", "falcon_h1"])
 def test_a_hybrid_is_refused_before_its_files_are_read(family: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     (tmp_path / "model.safetensors").write_bytes(b"never read")

@@ -13,7 +13,16 @@ import pytest
 import jax_refusal as jr
 from jax_refusal.families import registry
 from jax_refusal.families.registry import REFUSED, architecture
-from jax_refusal.models.spec import Architecture, Attention, Mlp, Moe, UnsupportedModel
+from jax_refusal.models.spec import (
+    Architecture,
+    Attention,
+    DeltaNet,
+    Mamba2,
+    Mlp,
+    Moe,
+    UnsupportedModel,
+    phases,
+)
 from tests.models.cases import fields
 
 
@@ -232,6 +241,73 @@ MINISTRAL3_3B = {
     "vision_config": {"model_type": "pixtral"},
     "vision_feature_layer": -1,
 }
+QWEN3_NEXT_80B = {
+    "model_type": "qwen3_next",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+GRANITE4_H_TINY = {
+    "model_type": "granitemoehybrid",
+    "attention_bias": False,
+    "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "init_method": "mup",
+    "intermediate_size": 512,
+    "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+    "logits_scaling": 6,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 48,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 131072,
+    "normalization_function": "rmsnorm",
+    "num_attention_heads": 12,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 4,
+    "num_local_experts": 64,
+    "position_embedding_type": "nope",
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000,
+    "shared_intermediate_size": 1024,
+    "tie_word_embeddings": True,
+    "vocab_size": 100352,
+}
 MIXTRAL_8X7B = {
     "model_type": "mixtral",
     "hidden_act": "silu",
@@ -331,6 +407,43 @@ def test_ministral3() -> None:
 def test_mixtral() -> None:
     arch = architecture(MIXTRAL_8X7B)
     assert first(arch)[1] == Moe(experts=8, experts_per_token=2, width=14336)
+
+
+def test_qwen3_next() -> None:
+    arch = architecture(QWEN3_NEXT_80B)
+    linear, full = arch.specs[0].mixer, arch.specs[3].mixer
+    assert linear == DeltaNet(heads=32, key_heads=16, key_width=128, value_width=128, taps=4)
+    assert isinstance(full, Attention) and full.gate and full.rotary_width == 64
+    assert [(phase.repeats, len(phase.slots)) for phase in phases(arch)] == [(12, 4)]
+    ((_, experts),) = arch.specs[0].branches
+    assert isinstance(experts, Moe) and experts.shared_gate and experts.shared_width == 512
+
+
+def test_granite4() -> None:
+    arch = architecture(GRANITE4_H_TINY)
+    state, full = arch.specs[0], arch.specs[5]
+    assert state.mixer == Mamba2(heads=48, key_heads=1, key_width=128, value_width=64, taps=4)
+    assert isinstance(full.mixer, Attention) and full.mixer.score_scale == 1 / 128
+    assert full.write_scale == 0.22 and arch.logit_divisor == 6
+    assert arch.ropes[0].kind == "none"
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "words"),
+    [
+        (QWEN3_NEXT_80B, {"layer_types": ["mamba"] * 48}, "layer_types=.*48 of .*linear_attention"),
+        (GRANITE4_H_TINY, {"layer_types": ["mamba"]}, "layer_types=.*40 of .*full_attention"),
+        (GRANITE4_H_TINY, {"mamba_d_head": 32}, "mamba_d_head=32 are not the 3072 channels"),
+        (GRANITE4_H_TINY, {"mamba_proj_bias": True}, "mamba_proj_bias=True"),
+        (GRANITE4_H_TINY, {"time_step_limit": [0.0, 0.1]}, "time_step_limit=.*0.1"),
+        (GRANITE4_H_TINY, {"position_embedding_type": "alibi"}, "position_embedding_type='alibi'"),
+    ],
+)
+def test_hybrids_that_differ_are_refused(
+    config: dict[str, Any], changed: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        architecture({**config, **changed})
 
 
 def test_gemma() -> None:

@@ -167,6 +167,23 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "olmoe": {"architecture": "olmoe"},
+    "olmoe_shares_bias": {"architecture": "olmoe", "norm_topk_prob": True, "attention_bias": True},
+    "exaone4": {"architecture": "exaone4", "sliding_window": WINDOW, "sliding_window_pattern": 3},
+    "exaone4_full": {
+        "architecture": "exaone4",
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 4,
+        "tie_word_embeddings": True,
+    },
+    "seed_oss": {"architecture": "seed_oss"},
+    "seed_oss_bias": {
+        "architecture": "seed_oss",
+        "attention_bias": False,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
     "qwen3_next": {"architecture": "qwen3_next"},
     "qwen3_next_plain_layers": {
         "architecture": "qwen3_next",
@@ -242,6 +259,8 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
         {"swiglu_limit": 7.0},
     ],
     "qwen3_moe": [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
+    "olmoe": [{"norm_topk_prob": True}, {"num_experts_per_tok": 2}],
+    "exaone4": [{"sliding_window": T}, {"layer_types": TYPES}],
     "qwen3_next": [{"norm_topk_prob": False}, {"partial_rotary_factor": 0.5}],
     "granite": [
         {"embedding_multiplier": 1.0},

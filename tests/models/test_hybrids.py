@@ -185,6 +185,19 @@ def test_replies_do_not_depend_on_the_row(hybrid: Transformer) -> None:
     assert few == whole and few != generate(hybrid, prompts, nothing(hybrid), **options)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mesh_gives_the_same_replies(name: str, checkpoint: Checkpoint) -> None:
+    """States lie with their heads on the devices of the model axis, rows on those of data."""
+    path = str(checkpoint(**fields(name)))
+    one, many = jr.load_model(path), jr.load_model(path, mesh=jr.make_mesh(2, 2))
+    ids = random_ids(one.arch.vocab)
+    assert_close(jr.logits(many, ids), jr.logits(one, ids), INVARIANCE)
+    prompts = sharing(one, 4, (11, 9, 13, 7))
+    options: Any = {"stop_ids": (), "max_new_tokens": 6, "batch_size": 4}
+    theirs = generate(many, prompts, nothing(many), **options)
+    assert theirs == generate(one, prompts, nothing(one), **options)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for_accelerators(hybrid: Transformer, platform: str) -> None:
     """Prefill and a step of decoding, as programs for machines that are not there."""

@@ -64,7 +64,7 @@ def wrapped(kind: str, checkpoint: Checkpoint, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "mistral3"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "mistral3", "qwen3_5"])
 @pytest.mark.parametrize("edit", ["none", "orthogonalize"])
 def test_the_text_model_of_a_multimodal_checkpoint(
     kind: str, edit: str, checkpoint: Checkpoint, direction: Path, tmp_path: Path
@@ -100,7 +100,7 @@ def test_the_text_model_of_a_multimodal_checkpoint(
     assert_close(jr.logits(jr.load_model(str(out)), IDS), expected, PARITY)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_next", "granitemoehybrid"])
 @pytest.mark.parametrize("edit", ["none", "orthogonalize"])
 def test_experts_that_lie_fused(
     name: str, edit: str, checkpoint: Checkpoint, direction: Path, tmp_path: Path

@@ -1,0 +1,41 @@
+"""EXAONE 4: norms of what is written alone; among layers with windows, those without do without
+rotary embedding."""
+
+import dataclasses
+
+from jax_refusal.families.common import attention, decoder, layers, mlp, one_rope, some_layers
+from jax_refusal.families.registry import Config, Family, register
+from jax_refusal.models.spec import Architecture, UnsupportedModel
+
+
+def read(config: Config) -> Architecture:
+    pattern, window = config["sliding_window_pattern"], config.get("sliding_window")
+    if window and not config.get("layer_types") and not isinstance(pattern, int):
+        raise UnsupportedModel(
+            f"sliding_window_pattern={pattern!r} without layer_types is not read (supported: a "
+            "whole number, or layer_types)."
+        )
+    windows = some_layers(config, lambda i: bool(window and (i + 1) % pattern))
+    rope = one_rope(config)
+    still = dataclasses.replace(rope, kind="none")
+    specs = layers(
+        config,
+        attention(config, qk_norm="head"),
+        mlp(config),
+        windows=windows,
+        ropes=[int(bool(window) and not own) for own in windows],
+        pre_norm=False,
+        post_norm=True,
+    )
+    return decoder(config, specs, (rope, still))
+
+
+register(
+    Family(
+        model_type="exaone4",
+        read=read,
+        fields="sliding_window sliding_window_pattern layer_types",
+        required="num_key_value_heads",
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+    )
+)
