@@ -3,7 +3,7 @@
 import math
 
 from jax_refusal.models.leaves import leaves
-from jax_refusal.models.spec import Architecture
+from jax_refusal.models.spec import Architecture, Attention
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.study import selection
 
@@ -16,6 +16,7 @@ def block_weights(arch: Architecture) -> int:
 def kv_weights(arch: Architecture) -> int:
     """Of these, what makes the keys and values of the last layer."""
     mixer = arch.specs[-1].mixer
+    assert isinstance(mixer, Attention)
     return 2 * arch.width * mixer.kv_heads * mixer.head_width
 
 
@@ -30,8 +31,9 @@ def weight_bytes(arch: Architecture) -> int:
 
 def cache_bytes(arch: Architecture, rows: int, context: float) -> float:
     """Keys and values of `context` tokens in float32."""
-    own = [s.mixer for s in arch.specs if s.mixer.remembers]
-    return 4 * 2 * sum(m.kv_heads * m.head_width for m in own) * context * rows
+    mixers = [s.mixer for s in arch.specs if isinstance(s.mixer, Attention)]
+    own = sum(m.kv_heads * m.head_width for m in mixers if m.remembers)
+    return 4 * 2 * own * context * rows
 
 
 def tokens(prompts: Prompts) -> int:

@@ -4,8 +4,8 @@ Letters: B batch row, T token, C context slot, L layers, G key/value heads, K he
 tokens. Segments say which tokens may see each other: 0 is padding, SHARED is seen by every segment
 of its row, any other number is one prompt. A token sees the slots of its own segment (and the
 shared ones) whose position is not after its own; where in the row a token lies says nothing to
-attention. Recurrent mixers know one state a row: to them tokens come in order, prompts one after the
-other and behind what is shared, and a cache's row has one prompt.
+attention. Recurrent mixers know one state a row: to them tokens come in order, prompts one after
+the other and behind what is shared, and a cache's row has one prompt.
 """
 
 import dataclasses
