@@ -30,7 +30,7 @@ def read_moe(config: Config) -> Architecture:
 
 def read_hybrid(config: Config) -> Architecture:
     names = {"mamba": LINEAR, "attention": FULL}  # as the files of Granite 4 have it
-    types = [names.get(each, each) for each in config["layer_types"]]
+    types = [names.get(each, each) for each in map(str, config["layer_types"])]
     if len(types) != config["num_hidden_layers"] or not set(types) <= {FULL, LINEAR}:
         raise UnsupportedModel(
             f"layer_types={config['layer_types']!r} is not supported: "

@@ -75,7 +75,8 @@ def convolve(
     seen = [x, *(at_slots(whole, at + taps - 1) for at in runs.previous[: taps - 1])]
     out = jnp.zeros(x.shape, jnp.float32)
     for back, each in enumerate(seen):
-        out += each.astype(jnp.float32) * kernel[None, None, ..., -1 - back].astype(jnp.float32)
+        weight = kernel[None, None, ..., -1 - back]
+        out += each.astype(jnp.float32) * weight.astype(jnp.float32)
     if bias is not None:
         out += bias[None, None].astype(jnp.float32)
     return out.astype(x.dtype), at_slots(whole, runs.last[:, 1 - taps :] + taps - 1)

@@ -193,7 +193,8 @@ def jacobian() -> Callable[..., np.ndarray]:
             logits = model.unembed(model.stream(x, tokens, edit).x)
             return jnp.einsum("btv,v->t", logits, weights)
 
-        # Row by row: experts have no vmap, and XLA 0.10 folds that of a norm's gradient wrongly.
+        # Row by row: experts have no vmap, and on CPUs jaxlib 0.10.2 compiles that of a query
+        # norm's gradient into another function.
         _, pullback = jax.vjp(mixed, x)
         rows = jax.lax.map(lambda row: jnp.abs(pullback(row)[0]).sum(-1), jnp.eye(x.shape[1]))
         return rows.swapaxes(0, 1)
