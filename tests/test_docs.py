@@ -50,11 +50,15 @@ def python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_ten_lines(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """As they stand: two replies, which the two edits make differ."""
-    (code,) = blocks(ROOT / "README.md", "python")
-    done = python("-c", code, cache=runs.programs(tmp_path_factory))
-    removed, induced = ast.literal_eval(done.stdout)
+    """As they stand: two replies, which the two edits make differ; and what is captured."""
+    code = blocks(ROOT / "README.md", "python")
+    assert len(code) == 2
+    shapes = "print(heads.shape, sorted(means))"
+    done = python("-c", "\n".join([*code, shapes]), cache=runs.programs(tmp_path_factory))
+    replies, captured = done.stdout.splitlines()
+    removed, induced = ast.literal_eval(replies)
     assert removed != induced and len(removed) > 20 and len(induced) > 20
+    assert captured == "(4, 1, 30, 9, 64) ['attn_out', 'mlp_out']"
 
 
 PYTHON = [page.stem for page in PAGES if blocks(page, "python")]

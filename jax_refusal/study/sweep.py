@@ -22,7 +22,7 @@ from jax_refusal.study import passes
 from jax_refusal.study.passes import Rows
 from jax_refusal.study.scores import check_token_ids
 
-Cells = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
+Candidates = Sequence[tuple[int, int]]  # (position index 0..P-1, layer)
 ROUNDING = 1e-4  # nats, by which a bound stays below what rounding could make of a mean
 
 
@@ -57,10 +57,12 @@ class Sweep:
         self._bases: dict[int, list[jax.Array]] = {}  # unedited logits of each share
         self._first_sums: dict[tuple[int, int], float] = {}  # of KL over the first share
 
-    def induce(self, cells: Cells) -> list[float]:
+    def induce(self, candidates: Candidates) -> list[float]:
         """Mean refusal score on harmless prompts with the candidate added at its layer."""
-        scores = dict.fromkeys(cells, 0.0)
-        by_layer = {layer: [c for c in cells if c[1] == layer] for layer in {c[1] for c in cells}}
+        scores = dict.fromkeys(candidates, 0.0)
+        by_layer = {
+            layer: [c for c in candidates if c[1] == layer] for layer in {c[1] for c in candidates}
+        }
         with jax.set_mesh(self.mesh):
             for rows in self.harmless:
                 streams, start = passes.embedded(self.model, rows), 0
@@ -80,40 +82,42 @@ class Sweep:
                     if self.model.arch.first_needed(layer + 1) > start:
                         streams = passes.next_layer(self.model, streams, rows, jnp.int32(start))
                         start += 1
-        return [scores[c] / self.harmless_count for c in cells]
+        return [scores[c] / self.harmless_count for c in candidates]
 
-    def kl_at_least(self, cells: Cells) -> list[float]:
+    def kl_at_least(self, candidates: Candidates) -> list[float]:
         """Lower bounds of `kl`, from the first share of the prompts alone."""
-        self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
+        self._sum_kl(0, [c for c in candidates if c not in self._first_sums], self._first_sums)
         with jax.set_mesh(self.mesh):
             others = sum(
                 float(passes.least_kl(*one))
                 for share in range(1, len(self.shares))
                 for one in zip(self.shares[share], self._base(share), strict=True)
             )
-        sums = [self._first_sums[c] for c in cells]
+        sums = [self._first_sums[c] for c in candidates]
         return [(total + others) / self.harmless_count - ROUNDING for total in sums]
 
-    def kl(self, cells: Cells) -> list[float]:
+    def kl(self, candidates: Candidates) -> list[float]:
         """Mean KL on harmless prompts from the model to the model with the candidate ablated."""
-        self._sum_kl(0, [c for c in cells if c not in self._first_sums], self._first_sums)
-        sums = {c: self._first_sums[c] for c in cells}
+        self._sum_kl(0, [c for c in candidates if c not in self._first_sums], self._first_sums)
+        sums = {c: self._first_sums[c] for c in candidates}
         for share in range(1, len(self.shares)):
-            self._sum_kl(share, cells, sums)
-        return [sums[c] / self.harmless_count for c in cells]
+            self._sum_kl(share, candidates, sums)
+        return [sums[c] / self.harmless_count for c in candidates]
 
-    def _sum_kl(self, share: int, cells: Cells, sums: dict[tuple[int, int], float]) -> None:
+    def _sum_kl(
+        self, share: int, candidates: Candidates, sums: dict[tuple[int, int], float]
+    ) -> None:
         """Adds the KL of one share's prompts."""
-        if not cells:
+        if not candidates:
             return
         rows, base = self.shares[share], self._base(share)
 
         def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
             return passes.kl(self.model, rows, units, base[i])
 
-        found = self._over_units(cells, rows, 1, measure, "select: KL")
-        for cell, value in zip(cells, found, strict=True):
-            sums[cell] = sums.get(cell, 0.0) + value
+        found = self._over_units(candidates, rows, 1, measure, "select: KL")
+        for candidate, value in zip(candidates, found, strict=True):
+            sums[candidate] = sums.get(candidate, 0.0) + value
 
     def _base(self, share: int) -> list[jax.Array]:
         if share not in self._bases:
@@ -123,43 +127,47 @@ class Sweep:
                 ]
         return self._bases[share]
 
-    def bypass(self, cells: Cells) -> list[float]:
+    def bypass(self, candidates: Candidates) -> list[float]:
         """Mean refusal score on harmful prompts with the candidate ablated."""
 
         def measure(i: int, rows: Rows, units: jax.Array) -> jax.Array:
             return passes.bypass(self.model, rows, units, self.token_ids)
 
-        return self._over_units(cells, self.harmful, self.harmful_count, measure, "select: bypass")
+        return self._over_units(
+            candidates, self.harmful, self.harmful_count, measure, "select: bypass"
+        )
 
     def _over_units(
         self,
-        cells: Cells,
+        candidates: Candidates,
         batches: list[Rows],
         count: int,
         measure: Callable[[int, Rows, jax.Array], jax.Array],
         title: str,
     ) -> list[float]:
-        scores = dict.fromkeys(cells, 0.0)
-        work = [(i, chunk) for i, rows in enumerate(batches) for chunk in self._chunks(cells, rows)]
+        scores = dict.fromkeys(candidates, 0.0)
+        work = [
+            (i, chunk) for i, rows in enumerate(batches) for chunk in self._chunks(candidates, rows)
+        ]
         with jax.set_mesh(self.mesh):
             for i, chunk in self.progress(work, title):
                 vectors = self._stack(chunk)
                 units = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
                 _add(scores, chunk, measure(i, batches[i], units))
-        return [scores[c] / count for c in cells]
+        return [scores[c] / count for c in candidates]
 
-    def _chunks(self, cells: Cells, rows: Rows) -> list[list[tuple[int, int]]]:
-        """Cells in chunks of one size (of few sizes), the last filled up with its own last cell."""
-        if not cells:
+    def _chunks(self, candidates: Candidates, rows: Rows) -> list[list[tuple[int, int]]]:
+        """Chunks of one size (of few sizes), the last filled up with its own last candidate."""
+        if not candidates:
             return []
         most = max(1, self.batch_tokens * self.mesh.shape["data"] // rows.tokens.ids.size)
-        size = min(most, bucket(-(-len(cells) // -(-len(cells) // most)), least=1))
-        chunks = [list(cells[i : i + size]) for i in range(0, len(cells), size)]
+        size = min(most, bucket(-(-len(candidates) // -(-len(candidates) // most)), least=1))
+        chunks = [list(candidates[i : i + size]) for i in range(0, len(candidates), size)]
         chunks[-1] += [chunks[-1][-1]] * (size - len(chunks[-1]))
         return chunks
 
-    def _stack(self, cells: Cells) -> jax.Array:  # [C, D]
-        return jnp.array(np.stack([self.directions[c] for c in cells]), jnp.float32)
+    def _stack(self, candidates: Candidates) -> jax.Array:  # [C, D]
+        return jnp.array(np.stack([self.directions[c] for c in candidates]), jnp.float32)
 
     def _rows(self, prompts: Prompts, size: dict[str, int]) -> list[Rows]:
         mesh = self.mesh
@@ -182,7 +190,7 @@ def _shares(prompts: Prompts) -> list[Prompts]:
     return [dataclasses.replace(prompts, ids=ids) for ids in parts if ids]
 
 
-def _add(scores: dict[tuple[int, int], float], chunk: Cells, sums: jax.Array) -> None:
-    """Adds each cell's share once: a chunk may end in copies of its last cell."""
-    for cell, value in dict(zip(chunk, np.asarray(sums).tolist(), strict=True)).items():
-        scores[cell] += value
+def _add(scores: dict[tuple[int, int], float], chunk: Candidates, sums: jax.Array) -> None:
+    """Adds each candidate's share once: a chunk may end in copies of its last candidate."""
+    for candidate, value in dict(zip(chunk, np.asarray(sums).tolist(), strict=True)).items():
+        scores[candidate] += value
