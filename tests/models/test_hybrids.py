@@ -28,7 +28,7 @@ from jax_refusal.sites import Capture
 from jax_refusal.study.sweep import Sweep
 from tests import tiny
 from tests.models.cases import T, fields
-from tests.models.modules import blank, layer
+from tests.models.modules import blank, one_layer
 from tests.models.test_cache import nothing, one_by_one, sharing
 from tests.models.test_families import B, random_ids, text_model, writers
 from tests.tolerances import INVARIANCE, PARITY, SCORES, assert_close
@@ -74,7 +74,7 @@ def test_modules(name: str, checkpoint: Checkpoint) -> None:
     kinds = {type(spec.mixer).__name__ for spec in model.arch.specs}
     assert kinds == {"Attention", "Mamba2" if name.startswith("granite") else "DeltaNet"}
     for (number, site), (x, out) in hf_modules(hf, random_ids(model.arch.vocab)).items():
-        own = layer(model, number, blank(B, T))
+        own = one_layer(model, number, blank(B, T))
         run = own.mixer if site == "attn_out" else own.branch
         assert_close(run(jnp.asarray(x)), out, PARITY, f"{site} of layer {number}")
 
