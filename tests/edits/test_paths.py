@@ -141,7 +141,7 @@ def test_loss(name: str, model: Transformer, prompts: Prompts) -> None:
         expected.append(float(sum(nats[i, token] for i, token in enumerate(reply))))
     assert_close(loss.sums, expected, INVARIANCE)
     plain = reply_loss(model, prompts, REPLIES, jr.identity(L, D), rows=2, row_tokens=48)
-    changed = np.abs(loss.sums - plain.sums) > 100 * INVARIANCE * largest(plain.sums)
+    changed = np.abs(loss.sums - plain.sums) > 10 * INVARIANCE * largest(plain.sums)
     assert changed[[0, 2, 3]].all() and changed[1] == ("repl" not in name)
 
 
