@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal.checkpoints import sources
-from jax_refusal.checkpoints.hf import ConversionError
 from jax_refusal.checkpoints.sources import SourceError
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.config import ConfigError
 from jax_refusal.data.chat import ChatError
 from jax_refusal.data.prompts import PromptError

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jax_refusal.checkpoints import hf
-from jax_refusal.checkpoints.hf import Tensor
+from jax_refusal.checkpoints.tensors import Tensor
 from jax_refusal.families.registry import architecture, family_of
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture, Mlp, UnsupportedModel

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jax_refusal.checkpoints.gguf_header import Header, TensorInfo, read_header
-from jax_refusal.checkpoints.hf import ConversionError, Tensor
 from jax_refusal.checkpoints.sources import SourceError
+from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.families.registry import FAMILIES, Family, Gguf, family_of
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import Leaf

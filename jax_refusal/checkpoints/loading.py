@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from jax_refusal import sharding
 from jax_refusal.checkpoints import gguf, hf, mxfp4, orbax
 from jax_refusal.checkpoints.sources import Source, locate
+from jax_refusal.checkpoints.tensors import Tensor, read_safetensors
 from jax_refusal.families.registry import architecture
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture
@@ -46,7 +47,7 @@ def load_model(
 
 def read_checkpoint(
     source: Source, ignore_config_fields: tuple[str, ...] = ()
-) -> tuple[Architecture, dict[str, hf.Tensor]]:
+) -> tuple[Architecture, dict[str, Tensor]]:
     """The architecture and the unread tensors of a source; those of Orbax have no such form."""
     config = source.config() if source.gguf is None else gguf.read_config(source.gguf)
     arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
@@ -55,5 +56,5 @@ def read_checkpoint(
     if source.gguf is not None:
         return arch, gguf.read_tensors(source.gguf, arch)
     packed = bool(config.get("quantization_config"))  # only MXFP4 came through `architecture`
-    tensors = hf.safetensors(source.weight_files(), packed)
+    tensors = read_safetensors(source.weight_files(), packed)
     return arch, mxfp4.dequantised(tensors) if packed else tensors

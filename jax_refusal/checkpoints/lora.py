@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_refusal.checkpoints import hf
 from jax_refusal.checkpoints.sources import file_sha256, read_json
+from jax_refusal.checkpoints.tensors import read_safetensors
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import Leaf
@@ -147,7 +148,7 @@ def read(adapter: str, arch: Architecture) -> Adapter:
     ]
     halves = _halves(arch)
     parts: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    for name, tensor in hf.safetensors([path / WEIGHTS]).items():
+    for name, tensor in read_safetensors([path / WEIGHTS]).items():
         if name not in halves:
             problems.append(f"tensor {name} belongs to no projection of this model")
             continue

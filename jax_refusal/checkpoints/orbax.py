@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.checkpoints.hf import ConversionError
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.files import atomic_write
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves

@@ -15,8 +15,8 @@ import jax_refusal as jr
 from jax_refusal import sharding
 from jax_refusal.checkpoints import export, hf, loading, orbax
 from jax_refusal.checkpoints.export import ExportError
-from jax_refusal.checkpoints.hf import ConversionError
 from jax_refusal.checkpoints.sources import locate
+from jax_refusal.checkpoints.tensors import ConversionError, read_safetensors
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.study.orthogonalize import bake_addition, orthogonalize, with_mlp_bias
@@ -90,7 +90,7 @@ def test_a_file_that_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.Monk
         kinds = ("RssFile:", "RssShmem:")
         return sum(int(status.split(kind)[1].split()[0]) for kind in kinds) // 2**10
 
-    tensors, before = hf.safetensors(files), resident()
+    tensors, before = read_safetensors(files), resident()
     for name, expected in given.items():
         assert np.array_equal(tensors[name][3:9, ::2], expected[3:9, ::2])
         assert np.array_equal(tensors[name][:, :], expected)

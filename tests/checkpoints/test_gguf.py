@@ -16,7 +16,7 @@ import pytest
 import jax_refusal as jr
 from jax_refusal.checkpoints import gguf as gguf_file
 from jax_refusal.checkpoints.gguf_header import Header
-from jax_refusal.checkpoints.hf import ConversionError
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.families.registry import architecture
 from jax_refusal.models.spec import UnsupportedModel
 from tests.models.cases import SMALL, fields

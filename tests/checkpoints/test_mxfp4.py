@@ -17,8 +17,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import jax_refusal as jr
 from jax_refusal.checkpoints import hf
-from jax_refusal.checkpoints.hf import ConversionError, Tensor
 from jax_refusal.checkpoints.mxfp4 import dequantise, dequantised
+from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.run import convert as conversion
 from tests import tiny
 from tests.models.test_families import hf_everything, random_ids

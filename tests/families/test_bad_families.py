@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
 from jax_refusal.checkpoints import hf as convert
-from jax_refusal.checkpoints.hf import ConversionError, Tensor
 from jax_refusal.checkpoints.sources import SourceError
+from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.data.chat import ChatError
 from jax_refusal.families.registry import FAMILIES, architecture
 from jax_refusal.models.spec import Architecture, UnsupportedModel

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import jax_refusal as jr
 from jax_refusal.checkpoints import hf as convert
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.edits import SITES
 from jax_refusal.models.cache import Tokens, empty
 from jax_refusal.models.decoder import Transformer
@@ -293,5 +294,5 @@ def test_other_modalities_are_unused_where_no_config_names_them(
     source = checkpoint(**fields("qwen3"))
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(stored(source) | {"vision_tower.w": ONE}, tmp_path / "model.safetensors")
-    with pytest.raises(convert.ConversionError, match=r"unused vision_tower\.w"):
+    with pytest.raises(ConversionError, match=r"unused vision_tower\.w"):
         jr.load_model(str(tmp_path))

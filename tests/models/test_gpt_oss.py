@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import jax_refusal as jr
 from jax_refusal.checkpoints import export, lora
 from jax_refusal.checkpoints import hf as convert
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.models import moe
 from jax_refusal.models.attention import dot_product_attention
 from jax_refusal.models.decoder import Transformer
@@ -211,7 +212,7 @@ def test_tensors_that_do_not_fit_are_named(
             tensors[name] = values
 
     folder = changed(checkpoint(**fields(NAME)), tmp_path, edit)
-    with pytest.raises(convert.ConversionError, match=words):
+    with pytest.raises(ConversionError, match=words):
         jr.load_model(str(folder))
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import jax_refusal as jr
 from jax_refusal import config as configs
 from jax_refusal.checkpoints import hf as convert
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.families.registry import architecture
 from jax_refusal.models.spec import UnsupportedModel
 from tests import qwen1 as qwen1_files
@@ -89,7 +90,7 @@ def test_a_fused_tensor_is_checked_as_a_whole(qwen1: Path) -> None:
     tensors[name] = tensors[name][:-1].copy()
     del tensors["transformer.h.1.attn.c_attn.bias"]
     save_file(tensors, qwen1 / "model.safetensors")
-    with pytest.raises(convert.ConversionError) as error:
+    with pytest.raises(ConversionError) as error:
         jr.load_model(str(qwen1))
     text = str(error.value)
     assert f"{name} has shape (95, 32), not (96, 32)" in text
