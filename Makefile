@@ -38,11 +38,14 @@ VENV_STAMP := $(VENV)/.stamp-venv
 DEMO_STAMP := $(VENV)/.stamp-demo
 CORE_STAMP := $(VENV)/.stamp-core
 TEST_STAMP := $(VENV)/.stamp-test
+# The compiler of TPUs makes jax look for one wherever it is installed, so it has an environment of its own.
+TPU_VENV   := .venv-tpu
+TPU_STAMP  := $(TPU_VENV)/.stamp
 ASKED      := pyproject.toml $(PINS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test all core slow lint format bench clean distclean
+.PHONY: help demo test all core slow tpu plan lint format bench clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +64,12 @@ core: $(CORE_STAMP) ## the tests that any jax must pass, without torch; a few mi
 
 slow: $(TEST_STAMP) ## the tests that need minutes or real weights
 	$(PY) -m pytest -m slow $(ARGS)
+
+tpu: $(TPU_STAMP) ## the programs of large models, compiled for TPU slices; no TPU is needed
+	$(TPU_VENV)/bin/python -m pytest -m tpu tests/plan $(ARGS)
+
+plan: $(TPU_STAMP) ## what a run needs on a slice: make plan ARGS='--config=configs/NAME.py --topology=v5e:4x4'
+	$(TPU_VENV)/bin/python -m launch.plan $(ARGS)
 
 lint: $(TEST_STAMP) ## ruff check, ruff format --check, pyright
 	$(VENV)/bin/ruff check .
@@ -97,6 +106,12 @@ $(DEMO_STAMP): $(ASKED) | $(VENV_STAMP)
 $(CORE_STAMP): $(ASKED) | $(VENV_STAMP)
 	@echo "[make] installing jax_refusal[core] (a minute the first time)"
 	@$(PIP) -c $(PINS) -e '.[core]'
+	@touch $@
+
+$(TPU_STAMP): $(ASKED)
+	@echo "[make] installing jax_refusal[core,tpu] (a few minutes the first time)"
+	@$(PYTHON) -m venv $(TPU_VENV)
+	@$(TPU_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(PINS) -e '.[core,tpu]'
 	@touch $@
 
 $(TEST_STAMP): $(ASKED) | $(VENV_STAMP)

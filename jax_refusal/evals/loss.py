@@ -14,7 +14,7 @@ from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, fit_rows, place, prefix_tokens
 from jax_refusal.runtime.pairs import cross_entropy, pack_pairs, reply_logits
 from jax_refusal.runtime.progress import Progress, silent
-from jax_refusal.sharding import mesh_of
+from jax_refusal.sharding import mesh_of, to_host
 
 
 @jax.jit
@@ -68,7 +68,7 @@ def reply_loss(
             members = packed[start : start + rows]
             members += [[] for _ in range(rows - len(members))]
             batch = pack_pairs([[pairs[i] for i in row] for row in members], prompts, length)
-            nats = np.asarray(_cross_entropy(model, edit, prefix, batch), np.float64)
+            nats = to_host(_cross_entropy(model, edit, prefix, batch)).astype(np.float64)
             for r, row in enumerate(members):
                 for number, i in enumerate(row):
                     sums[i] = nats[r, batch.pair[r] == number].sum()

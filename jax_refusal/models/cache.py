@@ -148,18 +148,22 @@ class Cache:
 
     def placed(self) -> "Cache":
         """Pinned to where `sharding` puts it, inside jit: programs hand it on as they got it."""
+        return self.each(constrain)
 
-        def pinned(entry: Entry, *stack: str) -> Entry:
-            return {name: constrain(x, *stack, *AXES[name]) for name, x in entry.items()}
+    def each(self, change: Callable[..., Any]) -> "Cache":
+        """change(array, *its logical axes) of every array but the length."""
+
+        def changed(entry: Entry, *stack: str) -> Entry:
+            return {name: change(x, *stack, *AXES[name]) for name, x in entry.items()}
 
         return dataclasses.replace(
             self,
             entries=tuple(
-                tuple(map(pinned, entry)) if isinstance(entry, tuple) else pinned(entry, "layers")
+                tuple(map(changed, entry)) if isinstance(entry, tuple) else changed(entry, "layers")
                 for entry in self.entries
             ),
-            positions=constrain(self.positions, "batch", None),
-            segments=constrain(self.segments, "batch", None),
+            positions=change(self.positions, "batch", None),
+            segments=change(self.segments, "batch", None),
         )
 
     def unrolled(self) -> "Cache":
@@ -224,7 +228,7 @@ class Memory:
     def extend(self, **new: jax.Array) -> tuple["Memory", Entry]:
         """Puts what mixers know of tokens behind that of the tokens before; returns all of it."""
         entry, whole = dict(self.entry), dict(new)
-        for name in set(new) & set(entry):
+        for name in [name for name in new if name in entry]:  # in one order in every process
             at = [self.start if axis == SLOTS else 0 for axis in AXES[name]]
             if self.index is None:
                 entry[name] = whole[name] = jax.lax.dynamic_update_slice(entry[name], new[name], at)

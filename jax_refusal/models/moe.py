@@ -137,7 +137,9 @@ def routed_mlp(
     owner = experts.reshape(-1)[order]  # [N J]
 
     def each(x: jax.Array, name: str) -> jax.Array:  # [N J, I] -> [N J, O]
-        y = jax.lax.ragged_dot(x, p[name], rows, precision=PRECISION)
+        # The TPU's kernel takes no precision beside bfloat16, where it would say nothing anyway.
+        precision = PRECISION if x.dtype == jnp.float32 else None
+        y = jax.lax.ragged_dot(x, p[name], rows, precision=precision)
         return y + p[f"{name}_bias"][owner] if spec.bias else y
 
     copies = x.reshape(B * T, D)[order // J]

@@ -52,8 +52,10 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def accelerated() -> bool:
-    """Whether the default device is a GPU or a TPU."""
-    return jax.default_backend() != "cpu"
+    """Whether what is traced is for a GPU or a TPU: for the mesh that is set, which may be one of
+    another machine, or the default device."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return (device.platform if device is not None else jax.default_backend()) != "cpu"
 
 
 def linear(

@@ -20,7 +20,7 @@ from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Packed, Prompts, pack, place
 from jax_refusal.runtime.prefix import shared_prefix
 from jax_refusal.runtime.progress import Progress, silent
-from jax_refusal.sharding import mesh_of
+from jax_refusal.sharding import mesh_of, to_host
 from jax_refusal.sites import Capture, Outer, Project, Sum
 
 REDUCTIONS = ("none", "mean", "outer", "project")
@@ -71,7 +71,7 @@ def capture(
         for batch in progress(pack(prompts, multiple=mesh.shape["data"], **size), title):
             asked, counted = _asked(batch, tuple(sites), every_token, reduce, directions, mesh)
             tokens, wide = place(batch.tokens, mesh), prefix and prefix.repeat(len(batch.prompt))
-            found = jax.tree.map(np.asarray, _captured(model, tokens, edit, wide, asked))
+            found = to_host(_captured(model, tokens, edit, wide, asked))
             counts = counts + counted
             for site, values in found.items():
                 if reduce in ("mean", "outer"):

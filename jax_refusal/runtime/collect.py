@@ -19,7 +19,7 @@ from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Packed, Prompts, pack, place
 from jax_refusal.runtime.prefix import shared_prefix
 from jax_refusal.runtime.progress import Progress, silent
-from jax_refusal.sharding import mesh_of
+from jax_refusal.sharding import mesh_of, to_host
 from jax_refusal.sites import Capture
 
 
@@ -48,7 +48,7 @@ def last_logits(
             logits = _last_logits(
                 model, place(batch.tokens, mesh), edit, _wide(prefix, batch), last
             )
-            logits = np.asarray(logits)
+            logits = to_host(logits)
             if out is None:
                 out = np.zeros((len(prompts.ids), logits.shape[-1]), np.float32)
             out[batch.prompt[batch.valid]] = logits[batch.valid]
@@ -123,9 +123,9 @@ def mean_activations(
                 score_params=score_params,
                 sign=sign,
             )
-            total = total + np.asarray(part, np.float64)
+            total = total + to_host(part).astype(np.float64)
             count += int(number)
             if scores is not None:
-                scores[batch.prompt[batch.valid]] = np.asarray(batch_scores)[batch.valid]
+                scores[batch.prompt[batch.valid]] = to_host(batch_scores)[batch.valid]
     with np.errstate(invalid="ignore"):
         return np.asarray(total / np.float64(count)), scores

@@ -12,7 +12,9 @@ a reply of at most W tokens never meets itself.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,16 +95,16 @@ class Replies:
     cache: Cache  # N + T + W slots
     step: jax.Array  # int32, steps taken so far
 
+    def each(self, change: Callable[..., Any]) -> "Replies":
+        """change(array, *its logical axes) of every array that has rows."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        cache, step = fields.pop("cache"), fields.pop("step")
+        rows = {name: change(x, *("batch", None)[: x.ndim]) for name, x in fields.items()}
+        return Replies(**rows, cache=cache.each(change), step=step)
 
-def _placed(replies: Replies) -> Replies:
-    """Each row with its cache on the mesh's data axis, so that one program serves every call."""
-
-    def pinned(x: jax.Array) -> jax.Array:
-        return constrain(x, *("batch", None)[: x.ndim])
-
-    fields = {f.name: getattr(replies, f.name) for f in dataclasses.fields(replies)}
-    cache, step = fields.pop("cache"), fields.pop("step")
-    return Replies(**{k: pinned(x) for k, x in fields.items()}, cache=cache.placed(), step=step)
+    def placed(self) -> "Replies":
+        """Each row with its cache on the mesh's data axis: one program serves every call."""
+        return self.each(constrain)
 
 
 @partial(jax.jit, static_argnames=("rows", "slots", "capacity", "unrolled"))
@@ -123,7 +125,7 @@ def empty(model: Transformer, *, rows: int, slots: int, capacity: int, unrolled:
         cache=cache.unrolled() if unrolled else cache,
         step=jnp.int32(0),
     )
-    return _placed(free)
+    return free.placed()
 
 
 @partial(jax.jit, donate_argnames=("replies",))
@@ -166,7 +168,7 @@ def prefill(
         first=put(replies.first, slot),
         cache=replies.cache.put(rows, out.cache),
     )
-    return _placed(replies)
+    return replies.placed()
 
 
 @partial(jax.jit, donate_argnames=("replies",))
@@ -213,4 +215,4 @@ def advance(
             step=replies.step + 1,
         )
 
-    return _placed(jax.lax.while_loop(running, advanced, replies))
+    return jax.lax.while_loop(running, advanced, replies).placed()

@@ -20,7 +20,7 @@ from jax_refusal.runtime.batching import Prompts, bucket, left_padded, place, po
 from jax_refusal.runtime.decode import Rules, Sampling
 from jax_refusal.runtime.prefix import shared_prefix
 from jax_refusal.runtime.progress import Progress, silent
-from jax_refusal.sharding import mesh_of
+from jax_refusal.sharding import mesh_of, to_host
 
 # A full batch prefills a quarter of its rows at a time: prompts run well together, on average an
 # eighth of the rows waits, and no second cache of all rows is held. Few rows come at once.
@@ -174,8 +174,9 @@ class _Job:
                 replies = self._prefill(replies, rows, new, group, slots, prefix)
             target = jnp.int32(size - min(group, len(waiting)) if waiting else 0)
             replies = decode.advance(model, self.drive, replies, self.edits, target, self.rules)
-            finished, count = np.asarray(replies.finished), np.asarray(replies.count)
-            first, ids = np.asarray(replies.first), np.asarray(replies.ids)
+            finished, count, first, ids = to_host(
+                (replies.finished, replies.count, replies.first, replies.ids)
+            )
             for row in np.flatnonzero(finished & (request >= 0)):
                 ring = (first[row] + np.arange(count[row])) % ids.shape[1]
                 yield int(request[row]), ids[row, ring].tolist()

@@ -17,7 +17,7 @@ from jax_refusal.config import BATCH_TOKENS, ROW_TOKENS
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime.batching import Prompts, bucket, pack, place, prefix_tokens
 from jax_refusal.runtime.progress import Progress, silent
-from jax_refusal.sharding import mesh_of
+from jax_refusal.sharding import mesh_of, to_host
 from jax_refusal.study import passes
 from jax_refusal.study.passes import Rows
 from jax_refusal.study.scores import check_token_ids
@@ -192,5 +192,5 @@ def _shares(prompts: Prompts) -> list[Prompts]:
 
 def _add(scores: dict[tuple[int, int], float], chunk: Candidates, sums: jax.Array) -> None:
     """Adds each candidate's share once: a chunk may end in copies of its last candidate."""
-    for candidate, value in dict(zip(chunk, np.asarray(sums).tolist(), strict=True)).items():
+    for candidate, value in dict(zip(chunk, to_host(sums).tolist(), strict=True)).items():
         scores[candidate] += value
