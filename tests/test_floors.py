@@ -21,7 +21,7 @@ FLOORS = (
     {"data"},
     {"runtime"},
     {"study", "evals"},
-    {"report", "api", "__init__"},
+    {"report", "plan", "api", "__init__"},
     {"run"},
     {"organism"},
     {"launch"},

@@ -60,7 +60,7 @@ class Program:
 
 def programs(arch: Architecture, mesh: Mesh, dtype: Any, sizes: Sizes) -> list[Program]:
     """What a run compiles, in the order in which it needs them."""
-    make = _Shapes(arch, mesh, dtype, sizes)
+    make = Shapes(arch, mesh, dtype, sizes)
     data = mesh.shape["data"]
     B, T = max(1, sizes.batch_tokens // sizes.row_tokens) * data, sizes.row_tokens
     packed = partial(Program, tokens=B * T, logits=B)
@@ -103,7 +103,7 @@ def abstract_model(arch: Architecture, mesh: Mesh, dtype: Any) -> Transformer:
     return Transformer(arch, arrays)
 
 
-class _Shapes:
+class Shapes:
     """Arguments of the programs, as shapes on the mesh."""
 
     def __init__(self, arch: Architecture, mesh: Mesh, dtype: Any, sizes: Sizes):
@@ -116,7 +116,7 @@ class _Shapes:
         valid = self.array((B, 1), bool, "batch", None)
         nothing = self.edits(1)
         return self.lowered(
-            collect._mean_pass,
+            collect.mean_pass,
             self.model,
             self.tokens(B, T),
             nothing,

@@ -5,6 +5,7 @@ L layers, V vocabulary, I prompts.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -61,7 +62,8 @@ def _wide(prefix: Cache | None, batch: Packed) -> Cache | None:
     return None if prefix is None else prefix.repeat(batch.prompt.shape[0])
 
 
-def _mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, sign):
+@partial(jax.jit, static_argnames=("score", "sign"))
+def mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, sign):
     """Sum over prompts of the kept activations [P, L, D], how many, and each prompt's score."""
     B, X, P = slots.shape
     asked = slots[..., -1] if score is not None else jnp.zeros((B, 0), jnp.int32)
@@ -76,9 +78,6 @@ def _mean_pass(model, tokens, edit, prefix, slots, valid, score, score_params, s
     kept = kept.reshape(*kept.shape[:2], X, P, -1).astype(jnp.float32)
     total = jnp.where(valid[None, ..., None, None], kept, 0).sum((1, 2))  # [L, P, D]
     return total.swapaxes(0, 1), valid.sum(), scores
-
-
-_mean_pass = jax.jit(_mean_pass, static_argnames=("score", "sign"))
 
 
 def mean_activations(
@@ -112,7 +111,7 @@ def mean_activations(
             prompts, row_tokens=row_tokens, batch_tokens=batch_tokens, multiple=mesh.shape["data"]
         )
         for batch in progress(batches, title):
-            part, number, batch_scores = _mean_pass(
+            part, number, batch_scores = mean_pass(
                 model,
                 place(batch.tokens, mesh),
                 edit,

@@ -18,7 +18,7 @@ from jax_refusal.checkpoints.sources import locate
 from jax_refusal.models.spec import Architecture
 from jax_refusal.plan.chips import CHIPS
 from jax_refusal.plan.estimate import estimate, weights_of_a_token, weights_read
-from jax_refusal.plan.programs import Sizes, _Shapes, programs
+from jax_refusal.plan.programs import Sizes, Shapes, programs
 from jax_refusal.runtime import decode
 from jax_refusal.runtime.batching import bucket
 from tests.models.cases import SMALL
@@ -67,7 +67,7 @@ def test_scoring_is_planned(checkpoint: Callable[..., Path]) -> None:
 def test_replies_lie_where_the_plan_has_them(arch: Architecture, checkpoint) -> None:
     """Else a run would compile other programs than the plan."""
     mesh = jr.make_mesh(2, 4)
-    shapes = _Shapes(arch, mesh, jnp.dtype(jnp.float32), SIZES)
+    shapes = Shapes(arch, mesh, jnp.dtype(jnp.float32), SIZES)
     planned, options = shapes.replies(8, 16), {"rows": 8, "slots": 20, "unrolled": False}
     with jax.set_mesh(mesh):
         program = decode.empty.lower(shapes.model, **options, capacity=bucket(16)).compile()
