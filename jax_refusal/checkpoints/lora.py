@@ -27,6 +27,7 @@ from jax_refusal.models.params import Leaf
 from jax_refusal.models.spec import Architecture
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -156,10 +157,13 @@ def _stacked(
             part: tensor[(slice(None),) * len(tensor.shape)].astype(np.float32)
             for part, tensor in given.parts[name].items()
         }
-        peaks = [float(np.abs(x).max()) for x in files.values()]
-        most = scales[name] * settings.rank_of(spot.key) * math.prod(max(1.0, x) for x in peaks)
-        if not (all(map(math.isfinite, peaks)) and most < np.finfo(np.float32).max):
-            problems.append(f"{PREFIX}{name} holds numbers that are not finite, or overflow")
+        peaks = {part: float(np.abs(x).max()) for part, x in files.items()}
+        if broken := [part for part, peak in peaks.items() if not math.isfinite(peak)]:
+            problems += [f"{PREFIX}{name}.{part} is not finite" for part in broken]
+            continue
+        most = scales[name] * settings.rank_of(spot.key) * math.prod(max(1.0, x) for x in peaks.values())
+        if most > LARGEST:
+            problems.append(f"{name} changes weights by more than float32 can hold")
             continue
         own_a, own_b = spot.halves(files[A], files[B] * np.float32(scales[name] / scale))
         for part in spot.group.parts:

@@ -114,7 +114,7 @@ def test_every_wrong_tensor_is_named(folder: Path, model: Transformer) -> None:
     save_file(tensors, folder / lora.WEIGHTS)
     with pytest.raises(lora.AdapterError) as error:
         lora.read(str(folder), model.arch)
-    for name in (names[0], "lm_head.lora_A", names[2]):
+    for name in (names[0], "lm_head is no linear layer", names[2]):
         assert name in str(error.value)
 
 
@@ -125,7 +125,7 @@ def test_what_no_weights_can_hold_is_refused(folder: Path, model: Transformer) -
     name = min(tensors)
     tensors[name] = np.full_like(tensors[name], 1e30)
     save_file(tensors, folder / lora.WEIGHTS)
-    with pytest.raises(lora.AdapterError, match="overflow"):
+    with pytest.raises(lora.AdapterError, match="than float32 can hold"):
         lora.read(str(folder), model.arch)
 
 
@@ -153,7 +153,7 @@ def test_missing_and_damaged_files_are_one_error(folder: Path, model: Transforme
         ({"target_modules": ["q_proj"]}, "0.self_attn.k_proj is in the file, and the config does"),
         ({"target_modules": [*TARGETS, "lm_head"], "r": 4}, r"has shape \(3, 64\), not \(4, 64\)"),
         ({"layers_to_transform": [0, 2]}, "layers.1.mlp.down_proj is in the file"),
-        ({"use_dora": True}, "2.self_attn.v_proj has no lora_magnitude_vector"),
+        ({"use_dora": True}, "layers.0.mlp.down_proj has no lora_magnitude_vector"),
         ({"exclude_modules": ["3.mlp.up_proj"]}, "3.mlp.up_proj is in the file"),
         ({"layers_to_transform": [0, 1, 2, 3, 4]}, r"layers_to_transform has \[4\] of 0 to 3"),
         ({"rank_pattern": {"2.*q_proj": 2}}, r"2.self_attn.q_proj.lora_A.* not \(2, 64\)"),
@@ -215,6 +215,13 @@ def adapted(folder: Path, base: Path, config: Any) -> PreTrainedModel:
             values.data += 0.1 * torch.randn_like(values)
     model.save_pretrained(str(folder))
     return PeftModel.from_pretrained(tiny.hf_model(base), str(folder)).eval()
+
+
+def assert_same_logits(folder: Path, base: Path, theirs: PreTrainedModel) -> None:
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS[:, :T])).logits.numpy()
+    ours = jr.logits(jr.load_model(str(base), adapter=str(folder)), IDS[:, :T])
+    tolerances.assert_close(ours, expected, tolerances.PARITY, "logits with an adapter")
 
 
 def assert_same(folder: Path, base: Path, theirs: PreTrainedModel, scratch: Path) -> None:
@@ -315,10 +322,9 @@ def test_adapters_of_fused_projections_are_peft_s(
     base = checkpoint(**fields(family))
     config = LoraConfig(r=3, target_modules=targets, use_dora=dora)
     theirs = adapted(tmp_path / "peft", base, config)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(IDS[:, :T])).logits.numpy()
-    ours = jr.logits(jr.load_model(str(base), adapter=str(tmp_path / "peft")), IDS[:, :T])
-    tolerances.assert_close(ours, expected, tolerances.PARITY, "logits with an adapter")
+    if family == "phi3":
+        assert_same_logits(tmp_path / "peft", base, theirs)
+    assert_same(tmp_path / "peft", base, theirs, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("front", ["model.language_model.", "language_model.model.", "model."])
@@ -335,10 +341,9 @@ def test_an_adapter_of_the_text_model_in_a_wrapper_is_peft_s(
     assert any(name.startswith(new) for name in load_file(folder / lora.WEIGHTS))
     assert any("vision_tower" in name for name in load_file(folder / lora.WEIGHTS))
     renamed(folder, lambda name: name.replace(new, f"base_model.model.{front}"))
-    with torch.no_grad():
-        expected = theirs(torch.tensor(IDS[:, :T])).logits.numpy()
-    ours = jr.logits(jr.load_model(str(base), adapter=str(folder)), IDS[:, :T])
-    tolerances.assert_close(ours, expected, tolerances.PARITY, "logits with an adapter")
+    if front.startswith("model.language"):
+        assert_same_logits(folder, base, theirs)
+    assert_same(folder, base, theirs, tmp_path / "merged")
 
     change(folder, target_modules=f"{front}layers.*q_proj".replace(".", r"\."))
     with pytest.raises(lora.AdapterError, match=rf"{front}layers.0.mlp.down_proj is in the file"):
@@ -369,6 +374,7 @@ EXPERTS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern")  # PEFT matches, and says not
 @pytest.mark.parametrize(("family", "targets"), EXPERTS, ids=[family for family, _ in EXPERTS])
 def test_adapters_of_experts_are_peft_s(
     family: str, targets: list[str], checkpoint: Callable[..., Path], tmp_path: Path
@@ -384,12 +390,12 @@ def test_adapters_of_experts_are_peft_s(
         lora_alpha=4,
     )
     theirs = adapted(tmp_path / "peft", base, config)
-    with torch.no_grad():
-        expected = theirs(torch.tensor(IDS[:, :T])).logits.numpy()
-    ours = jr.logits(jr.load_model(str(base), adapter=str(tmp_path / "peft")), IDS[:, :T])
-    tolerances.assert_close(ours, expected, tolerances.PARITY, "logits with an adapter")
+    if family == "qwen3_moe":
+        assert_same_logits(tmp_path / "peft", base, theirs)
+    assert_same(tmp_path / "peft", base, theirs, tmp_path / "merged")
 
 
+@pytest.mark.filterwarnings("ignore:The following")
 def test_the_adapter_of_a_mixture_whose_experts_lay_one_by_one_is_peft_s(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -408,10 +414,7 @@ def test_the_adapter_of_a_mixture_whose_experts_lay_one_by_one_is_peft_s(
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": list(sizes)}
     (tmp_path / lora.CONFIG).write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
     theirs = PeftModel.from_pretrained(tiny.hf_model(base), str(tmp_path)).eval()
-    with torch.no_grad():
-        expected = theirs(torch.tensor(IDS[:, :T])).logits.numpy()
-    ours = jr.logits(jr.load_model(str(base), adapter=str(tmp_path)), IDS[:, :T])
-    tolerances.assert_close(ours, expected, tolerances.PARITY, "logits with an adapter")
+    assert_same(tmp_path, base, theirs, tmp_path / "merged")
 
 
 def test_the_adapter_that_ships_fits_its_model_and_has_its_card() -> None:
