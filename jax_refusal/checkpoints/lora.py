@@ -161,7 +161,7 @@ def _stacked(
         if broken := [part for part, peak in peaks.items() if not math.isfinite(peak)]:
             problems += [f"{PREFIX}{name}.{part} is not finite" for part in broken]
             continue
-        most = scales[name] * settings.rank_of(spot.key) * math.prod(max(1.0, x) for x in peaks.values())
+        most = math.prod(max(1.0, x) for x in (*peaks.values(), scales[name] * rank))
         if most > LARGEST:
             problems.append(f"{name} changes weights by more than float32 can hold")
             continue
@@ -174,10 +174,11 @@ def _stacked(
             if MAGNITUDES in files:
                 unknown = np.full((*stack, len(rows)), np.nan, np.float32)
                 magnitudes.setdefault(part.path, unknown)[spot.place] = files[MAGNITUDES][rows]
-    a, b, magnitudes = (
-        {path: jnp.asarray(stack[path]) for path in sorted(stack)} for stack in (a, b, magnitudes)
-    )
-    return Adapter(a, b, scale, magnitudes), problems
+    return Adapter(_placed(a), _placed(b), scale, _placed(magnitudes)), problems
+
+
+def _placed(stacks: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {path: jnp.asarray(stacks[path]) for path in sorted(stacks)}
 
 
 def _put(

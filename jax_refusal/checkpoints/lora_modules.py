@@ -25,6 +25,7 @@ A, B, MAGNITUDES = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 TENSOR = re.compile(re.escape(PREFIX) + rf"(?P<module>.+)\.(?P<part>{A}|{B}|{MAGNITUDES})")
 FOR_TRAINING = ".lora_velora_embed"  # what VeLoRA keeps for its backward pass
 INNER = ".base_layer"
+FRONTS = [front for front, stands in hf.PREFIXES.items() if stands == "model."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,10 @@ class Given:
 
 
 def sort_out(tensors: Mapping[str, Tensor], arch: Architecture) -> tuple[Given, list[str]]:
-    """The modules of the text model in an adapter's file, and what is wrong with names in it."""
+    """The modules of the text model in an adapter's file, and what is wrong with names in it.
+
+    An adapter of a multimodal model fits its text model alone too, and the other way about.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     problems = []
     for name, tensor in tensors.items():
@@ -105,16 +109,16 @@ def sort_out(tensors: Mapping[str, Tensor], arch: Architecture) -> tuple[Given, 
             parts.setdefault(found["module"], {})[found["part"]] = tensor
         elif not name.endswith(FOR_TRAINING):
             problems.append(f"tensor {name} is no A or B of a linear layer")
+    front = next((p for p in FRONTS if any(module.startswith(p) for module in parts)), "")
+    inside = dataclasses.replace(arch, wrapped=arch.wrapped or bool(front))
     names: dict[str, str] = {}
     for spelled in parts:
-        name = _in_text_model(spelled, arch)
+        name = _in_text_model(spelled, inside)
         if not name:  # another modality's, or of weights that nothing reads
             continue
         if name in names:
             problems.append(f"{names[name]} and {spelled} are one module")
         names.setdefault(name, spelled)
-    fronts = (p for p, stands in hf.PREFIXES.items() if arch.wrapped and stands == "model.")
-    front = next((p for p in fronts if any(each.startswith(p) for each in names.values())), "")
     return Given(names, parts, front), problems
 
 

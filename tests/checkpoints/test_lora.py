@@ -181,7 +181,7 @@ def renamed(folder: Path, rename: Callable[[str], str | None]) -> None:
         ("base_model.model.", "", "tensor model.layers.0.mlp.down_proj.lora_A.weight is no A"),
         ("lora_A", "lora_A.default", "lora_A.default.weight is no A or B"),
         ("o_proj.lora_B.weight", "o_proj.lora_B.bias", "tensor .*o_proj.lora_B.bias"),
-        ("model.layers", "model.language_model.layers", "language_model.* is no linear layer"),
+        ("layers.0.self_attn.q_proj", "vision_tower.q_proj", "vision_tower.q_proj is no linear"),
         ("1.mlp.up_proj.lora_A", None, "1.mlp.up_proj has no lora_A"),
         ("2.mlp.up_proj", None, "2.mlp.up_proj is named by the config, and not in the file"),
         ("", None, "and not in the file"),
@@ -240,6 +240,7 @@ def assert_same(folder: Path, base: Path, theirs: PreTrainedModel, scratch: Path
         {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"},
         {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
         {"target_modules": ["down_proj"], "init_lora_weights": "mica"},
+        {"target_modules": ["up_proj"], "init_lora_weights": "eva"},
         {"target_modules": "all-linear", "exclude_modules": ["0.mlp.up_proj"]},
         {"target_modules": r".*\.[13]\.mlp\.(up|down)_proj", "lora_dropout": 0.5},
         {"target_modules": ["q_proj"], "layers_to_transform": 2, "layers_pattern": "layers"},
@@ -348,6 +349,19 @@ def test_an_adapter_of_the_text_model_in_a_wrapper_is_peft_s(
     change(folder, target_modules=f"{front}layers.*q_proj".replace(".", r"\."))
     with pytest.raises(lora.AdapterError, match=rf"{front}layers.0.mlp.down_proj is in the file"):
         jr.load_model(str(base), adapter=str(folder))
+
+
+def test_an_adapter_of_a_multimodal_model_fits_its_text_model_alone(
+    folder: Path, model: Transformer
+) -> None:
+    expected = lora.read(str(folder), model.arch)
+    renamed(folder, lambda name: name.replace("model.layers", "language_model.model.layers"))
+    tensors = load_file(folder / lora.WEIGHTS)
+    vision = "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({**tensors, vision: tensors[min(tensors)]}, folder / lora.WEIGHTS)
+    again = lora.read(str(folder), model.arch)
+    for path, values in expected.a.items():
+        np.testing.assert_array_equal(again.a[path], values)
 
 
 def test_a_module_that_is_named_twice_is_refused(
