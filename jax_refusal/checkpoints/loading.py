@@ -25,7 +25,8 @@ def load_model(
     dtype: "float32" or "bfloat16", of weights and activations.
     mesh: from `sharding.make_mesh`; one device without.
     adapter: directory of a PEFT LoRA adapter to merge into the weights.
-    Raises SourceError, UnsupportedModel or ConversionError: each says what is wrong, what to do.
+    Raises SourceError, UnsupportedModel, ConversionError or AdapterError: each says what is wrong,
+    and what to do.
     """
     found = locate(source) if isinstance(source, str) else source
     mesh = sharding.make_mesh() if mesh is None else mesh
