@@ -27,7 +27,8 @@ MERGE = (
 )
 CONVERT = (
     "convert it in PEFT (save_pretrained(OUT, path_initial_model_for_weight_conversion=INITIAL), "
-    "where INITIAL is the adapter as it was saved before training) and load what that writes"
+    "where INITIAL is the adapter as it was saved before training; not where use_rslora meets "
+    "rank_pattern or alpha_pattern) and load what that writes"
 )
 # How training began. These leave the base weights as they are; PEFT takes letters of any case.
 SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
