@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.checkpoints.tensors import ConversionError, Tensor
+from jax_refusal.checkpoints.tensors import ConversionError, Tensor, listed
 from jax_refusal.families.registry import family_of
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
@@ -181,7 +181,9 @@ def load(
             placed = sharding.named(mesh, leaf.axes, leaf.shape)
             arrays[leaf.path] = jax.make_array_from_callback(leaf.shape, placed, callback)
     if broken:
-        raise ConversionError(f"Weights that are not finite (NaN or infinite): {sorted(broken)}.")
+        raise ConversionError(
+            f"Weights that are not finite (NaN or infinite): {listed(sorted(broken), ', ')}."
+        )
     return Transformer(arch, arrays)
 
 
@@ -220,9 +222,8 @@ def check(arch: Architecture, tensors: Mapping[str, Tensor]) -> None:
     if head in wanted and head not in tensors:
         problems.append("(a head that is the embedding is said by tie_word_embeddings=true)")
     if problems:
-        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
         raise ConversionError(
-            f"The checkpoint does not fit its {arch.family} config: " + "; ".join(shown) + "."
+            f"The checkpoint does not fit its {arch.family} config: {listed(problems)}."
         )
 
 

@@ -1,9 +1,10 @@
 """From a model source to a model on a mesh."""
 
+import jax
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.checkpoints import gguf, hf, mxfp4, orbax
+from jax_refusal.checkpoints import gguf, hf, lora, mxfp4, orbax
 from jax_refusal.checkpoints.sources import Source, locate
 from jax_refusal.checkpoints.tensors import Tensor, read_safetensors
 from jax_refusal.families.registry import architecture
@@ -24,24 +25,22 @@ def load_model(
     dtype: "float32" or "bfloat16", of weights and activations.
     mesh: from `sharding.make_mesh`; one device without.
     adapter: directory of a PEFT LoRA adapter to merge into the weights.
-    Raises SourceError, UnsupportedModel or ConversionError: each says what is wrong, what to do.
+    Raises SourceError, UnsupportedModel, ConversionError or AdapterError: each says what is wrong,
+    and what to do.
     """
     found = locate(source) if isinstance(source, str) else source
     mesh = sharding.make_mesh() if mesh is None else mesh
     arch, tensors = read_checkpoint(found, ignore_config_fields)
     numpy_dtype = hf.numpy_dtype(dtype)
+    # What does not fit is refused before weights are read.
+    change = lora.read(adapter, arch) if adapter else None
     if found.orbax is not None:
         model = orbax.load(arch, found.orbax, mesh, numpy_dtype)
     else:
-        model = hf.load(arch, tensors, mesh, numpy_dtype, donatable=bool(adapter))
-    if adapter:
-        import jax
-
-        from jax_refusal.checkpoints import lora
-
+        model = hf.load(arch, tensors, mesh, numpy_dtype, donatable=change is not None)
+    if change is not None:
         # Jitted: the change is computed where the weights lie, and takes the place of the old ones.
-        merge = jax.jit(lora.merge, donate_argnums=0)
-        model = merge(model, lora.read(adapter, model.arch))
+        model = jax.jit(lora.merge, donate_argnums=0)(model, change)
     return model
 
 

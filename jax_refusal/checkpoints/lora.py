@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) in the Hugging Face PEFT format, merged into weights.
 
-Letters: L layers that a leaf is stacked on, M rank, I inputs and O outputs of a projection as
-Hugging Face flattens them (weights are [O, I]). The merged weight is W + scale B A with A [M, I]
-and B [O, M].
+Letters: L layers that a leaf is stacked on, E experts, M rank, I inputs and O outputs of a
+projection as Hugging Face flattens them (weights are [O, I]). The merged weight is W + scale B A
+with A [M, I] and B [O, M]; in DoRA (Liu et al. 2024), its rows are brought to given magnitudes.
 """
 
 import dataclasses
@@ -16,56 +16,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.checkpoints import hf
-from jax_refusal.checkpoints.sources import file_sha256, read_json
-from jax_refusal.checkpoints.tensors import read_safetensors
+from jax_refusal.checkpoints import hf, lora_config, lora_modules
+from jax_refusal.checkpoints.lora_config import AdapterError, Settings
+from jax_refusal.checkpoints.lora_modules import MAGNITUDES, PREFIX, A, B, Given, Spot
+from jax_refusal.checkpoints.sources import file_sha256
+from jax_refusal.checkpoints.tensors import listed, read_safetensors
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import Leaf
 from jax_refusal.models.spec import Architecture
 
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# Fields of adapter_config.json that change the weights, and the values that are computed here.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "megatron_config": (None,),
-    "layer_replication": (None,),
-}
-# Fields that say nothing about the merged weights, or are read below. Any other field has to be
-# empty: it may be a variant of LoRA that is not computed here.
-KNOWN = {
-    *FIXED,
-    *"r lora_alpha use_rslora target_modules exclude_modules layers_to_transform".split(),
-    *"layers_pattern task_type auto_mapping peft_version base_model_name_or_path".split(),
-    *"revision inference_mode lora_dropout init_lora_weights megatron_core".split(),
-    *"loftq_config eva_config corda_config lora_ga_config qalora_group_size".split(),
-    *"runtime_config ensure_weight_tying".split(),
-}
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read or does not fit the model; all reasons together."""
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Path of a leaf -> A [L, M, I] and B [L, O, M]; zeros where a layer has none."""
+    """Path of a leaf -> A [L, M, I] and B [L, O, M], of experts [L, E, M, I] and [L, E, O, M];
+    zeros where a layer has none. Magnitudes [L, O] of DoRA; NaN where a layer has none."""
 
     a: dict[str, jax.Array]
     b: dict[str, jax.Array]
     scale: float = dataclasses.field(metadata={"static": True})
+    magnitudes: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 def initial(
@@ -90,22 +64,30 @@ def merge(model: Transformer, adapter: Adapter) -> Transformer:
     """A model with scale * B A added to the adapted weights; differentiable in the adapter."""
     arrays = model.leaves()
     for path in adapter.a:
-        leaf = leaves(model.arch)[path]
+        leaf, weight = leaves(model.arch)[path], arrays[path]
         size = dict(zip(leaf.axes, leaf.shape, strict=True))
         a, b = (x.astype(jnp.float32) for x in (adapter.a[path], adapter.b[path]))
-        delta = adapter.scale * jnp.einsum("lom,lmi->loi", b, a, precision="highest")
-        axes = ["layers", *(axis for dimension in leaf.dimensions for axis in dimension)]
-        delta = delta.reshape([size[axis] for axis in axes])
-        delta = delta.transpose([axes.index(axis) for axis in leaf.axes])
-        weight = arrays[path]
-        arrays[path] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+        delta = adapter.scale * jnp.einsum("...om,...mi->...oi", b, a, precision="highest")
+        axes = lora_modules.unfolded(leaf)
+        back = [axes.index(axis) for axis in leaf.axes]
+        folded = [size[axis] for axis in axes]
+        merged = weight.astype(jnp.float32) + delta.reshape(folded).transpose(back)
+        if path in adapter.magnitudes:
+            rows = merged.transpose([leaf.axes.index(axis) for axis in axes]).reshape(delta.shape)
+            share = adapter.magnitudes[path] / jnp.linalg.norm(rows, axis=-1)
+            rows *= jnp.where(jnp.isnan(adapter.magnitudes[path]), 1.0, share)[..., None]
+            merged = rows.reshape(folded).transpose(back)
+        arrays[path] = merged.astype(weight.dtype)
     return Transformer(model.arch, arrays)
 
 
 def locate(adapter: str) -> Path:
     """The directory of an adapter: a path, or "builtin:NAME" for one that ships with us."""
     if not adapter.startswith("builtin:"):
-        return Path(adapter).expanduser()
+        try:
+            return Path(adapter).expanduser()
+        except RuntimeError as error:  # ~name of a user that there is not
+            raise AdapterError(f"model.adapter={adapter!r}: {error}") from None
     folder = Path(__file__).parents[1] / "adapters"
     names = sorted(path.name for path in folder.glob("*") if (path / CONFIG).is_file())
     name = adapter.removeprefix("builtin:")
@@ -124,10 +106,15 @@ def fingerprint(adapter: str) -> str:
 
 
 def _check_files(path: Path) -> None:
-    missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+    try:
+        missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
+        pickle = WEIGHTS in missing and (path / PICKLE).is_file()
+    except OSError as error:
+        raise AdapterError(f"model.adapter={str(path)!r} cannot be read: {error}.") from None
     if missing:
+        hint = f" Its {PICKLE} is a pickle, which is never opened: save it anew with PEFT." * pickle
         raise AdapterError(
-            f"model.adapter={str(path)!r} lacks {missing}; a PEFT LoRA directory is needed."
+            f"model.adapter={str(path)!r} lacks {missing}; a PEFT LoRA directory is needed.{hint}"
         )
 
 
@@ -135,53 +122,77 @@ def read(adapter: str, arch: Architecture) -> Adapter:
     """A PEFT adapter directory; AdapterError names everything in it that is not computed here."""
     path = locate(adapter)
     _check_files(path)
-    config = read_json(path / CONFIG)
-    problems = [
-        f"{field}={config[field]!r} (supported: {list(allowed)})"
-        for field, allowed in FIXED.items()
-        if field in config and config[field] not in allowed
-    ]
-    problems += [
-        f"{field}={value!r} is not known"
-        for field, value in config.items()
-        if field not in KNOWN and value
-    ]
-    halves = _halves(arch)
-    parts: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    for name, tensor in read_safetensors([path / WEIGHTS]).items():
-        if name not in halves:
-            problems.append(f"tensor {name} belongs to no projection of this model")
-            continue
-        leaf, at, half = halves[name]
-        expected = _shape(leaf, config.get("r"), half)
-        if tensor.shape != expected:
-            problems.append(f"{name} has shape {tensor.shape}, not {expected}")
-            continue
-        values = tensor[(slice(None), slice(None))].astype(np.float32)
-        if not np.isfinite(values).all():
-            problems.append(f"{name} is not finite")
-        parts.setdefault(leaf.path, {"A": {}, "B": {}})[half][at] = values
-    for leaf_path, given in parts.items():
-        if given["A"].keys() != given["B"].keys():
-            target = leaves(arch)[leaf_path].target
-            problems.append(f"{target} has A and B for different layers")
-    if problems or not parts:
+    settings = lora_config.read(path / CONFIG)
+    given, problems = lora_modules.sort_out(read_safetensors([path / WEIGHTS]), arch)
+    spots, contradictions = lora_modules.fit(given, settings, arch)
+    found, broken = _stacked(given, settings, spots)
+    problems += contradictions + broken
+    if not found.a and not problems:
+        problems = ["it holds nothing for the text model"]
+    if problems:
         raise AdapterError(
-            f"The adapter {path} cannot be used: " + ("; ".join(problems) or "it is empty") + "."
+            f"The adapter {path} cannot be used: {listed(problems)}. If it is what it should be, "
+            f"{lora_config.MERGE}."
         )
-    rank, alpha = config["r"], config.get("lora_alpha", 8)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
 
-    def stacked(half: str) -> dict[str, jax.Array]:
-        found = {}
-        for leaf_path in sorted(parts):
-            leaf, given = leaves(arch)[leaf_path], parts[leaf_path][half]
-            zero = np.zeros(_shape(leaf, rank, half), np.float32)
-            layers = [given.get(at, zero) for at in range(len(leaf.layers))]
-            found[leaf_path] = jnp.asarray(np.stack(layers))
-        return found
 
-    return Adapter(stacked("A"), stacked("B"), scale)
+def _stacked(
+    given: Given, settings: Settings, spots: Mapping[str, Spot]
+) -> tuple[Adapter, list[str]]:
+    """The matrices of all layers, and names of those that no weights can hold.
+
+    An adapter of lower rank than others is filled up with zeros. Where scales differ, each is in
+    its B.
+    """
+    scales = {name: settings.scale_of(spot.key) for name, spot in spots.items()}
+    rank = max((settings.rank_of(spot.key) for spot in spots.values()), default=1)
+    scale = next(iter(scales.values())) if len(set(scales.values())) == 1 else 1.0
+    a: dict[str, np.ndarray] = {}
+    b: dict[str, np.ndarray] = {}
+    magnitudes: dict[str, np.ndarray] = {}
+    problems = []
+    for name, spot in spots.items():
+        files = {
+            part: tensor[(slice(None),) * len(tensor.shape)].astype(np.float32)
+            for part, tensor in given.parts[name].items()
+        }
+        peaks = {part: float(np.abs(x).max()) for part, x in files.items()}
+        if broken := [part for part, peak in peaks.items() if not math.isfinite(peak)]:
+            problems += [f"{PREFIX}{name}.{part} is not finite" for part in broken]
+            continue
+        most = math.prod(max(1.0, x) for x in (*peaks.values(), scales[name] * rank))
+        if most > LARGEST:
+            problems.append(f"{name} changes weights by more than float32 can hold")
+            continue
+        own_a, own_b = spot.halves(files[A], files[B] * np.float32(scales[name] / scale))
+        for part in spot.group.parts:
+            stack = part.shape[: len(part.counted) + len(part.dimensions) - 2]
+            rows = spot.outputs(part)
+            _put(a, part.path, (*stack, rank, own_a.shape[2]), spot.place, own_a)
+            _put(b, part.path, (*stack, len(rows), rank), spot.place, own_b[:, rows])
+            if MAGNITUDES in files:
+                unknown = np.full((*stack, len(rows)), np.nan, np.float32)
+                magnitudes.setdefault(part.path, unknown)[spot.place] = files[MAGNITUDES][rows]
+    return Adapter(_placed(a), _placed(b), scale, _placed(magnitudes)), problems
+
+
+def _placed(stacks: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {path: jnp.asarray(stacks[path]) for path in sorted(stacks)}
+
+
+def _put(
+    stacks: dict[str, np.ndarray],
+    path: str,
+    shape: tuple[int, ...],  # of the leaf's stack
+    place: tuple[int, ...],
+    values: np.ndarray,  # [E, ...], E = 1 for a matrix
+) -> None:
+    if path not in stacks:
+        stacks[path] = np.zeros(shape, np.float32)
+    target = stacks[path][place]
+    target = target[..., : values.shape[-2], : values.shape[-1]]
+    target[...] = values.reshape(target.shape)
 
 
 def files(
@@ -222,7 +233,7 @@ def _targeted(arch: Architecture, target: str) -> list[Leaf]:
         if len(parts) > 1:
             raise AdapterError(
                 f"{target!r} of this model holds {[leaf.path for leaf in parts]} in one tensor; an "
-                "adapter of a fused projection is not read."
+                "adapter of a fused projection is read, and not made here."
             )
     if not found:
         allowed = list(dict.fromkeys(group.parts[0].target for group in projections))
@@ -230,23 +241,6 @@ def _targeted(arch: Architecture, target: str) -> list[Leaf]:
     return [leaf for (leaf,) in found]
 
 
-def _halves(arch: Architecture) -> dict[str, tuple[Leaf, int, str]]:
-    """Every tensor that an adapter may hold -> its leaf, where in the stack, and "A" or "B"."""
-    single = [group.parts[0] for group in hf.groups(arch) if len(group.parts) == 1]
-    return {
-        _name(leaf, layer, half): (leaf, at, half)
-        for leaf in single
-        if leaf.target
-        for at, layer in enumerate(leaf.layers)
-        for half in "AB"
-    }
-
-
 def _name(leaf: Leaf, layer: int, half: str) -> str:
     module = leaf.stored.name.removesuffix(".weight").format(layer=layer)
     return f"{PREFIX}{module}.lora_{half}.weight"
-
-
-def _shape(leaf: Leaf, rank: Any, half: str) -> tuple[Any, Any]:
-    out, into = leaf.sizes
-    return (rank, into) if half == "A" else (out, rank)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from jax_refusal.checkpoints.tensors import PACKED, ConversionError, Tensor
+from jax_refusal.checkpoints.tensors import PACKED, ConversionError, Tensor, listed
 
 BLOCK = 32  # numbers that share a scale, two in a byte
 MAGNITUDES = [0, 1, 2, 3, 4, 6, 8, 12]  # twice: then no scale is too large for the least of them
@@ -42,7 +42,7 @@ def dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[name] = _tensor(blocks, scales)
     if problems:
-        raise ConversionError("The MXFP4 weights cannot be read: " + "; ".join(problems) + ".")
+        raise ConversionError(f"The MXFP4 weights cannot be read: {listed(problems)}.")
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.checkpoints.tensors import ConversionError
+from jax_refusal.checkpoints.tensors import ConversionError, listed
 from jax_refusal.files import atomic_write
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
@@ -77,10 +77,10 @@ def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Trans
         expected = {path: leaf.shape for path, leaf in target.items()}
         if there != expected:
             differ = sorted(p for p in there | expected if there.get(p) != expected.get(p))
-            shown = [f"{p} is {there.get(p)}, not {expected.get(p)}" for p in differ[:20]]
+            pairs = (f"{p} is {there.get(p)}, not {expected.get(p)}" for p in differ)
             raise ConversionError(
                 f"{folder} does not hold the leaves of its {arch.family} config: "
-                f"{'; '.join(shown)}. Convert the model again."
+                f"{listed(pairs)}. Convert the model again."
             )
         try:
             arrays = checkpointer.restore(folder.absolute(), target)
@@ -88,5 +88,7 @@ def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Trans
             raise ConversionError(f"{folder} is damaged. Convert the model again.") from error
     broken = sorted(path for path, array in arrays.items() if not bool(jnp.isfinite(array).all()))
     if broken:
-        raise ConversionError(f"Leaves that are not finite (NaN or infinite): {broken}.")
+        raise ConversionError(
+            f"Leaves that are not finite (NaN or infinite): {listed(broken, ', ')}."
+        )
     return Transformer(arch, arrays)

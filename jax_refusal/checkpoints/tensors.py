@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 OPEN_FOR = 2**28  # bytes that are read before the files are opened anew
 # Halves of a tensor that lies in MXFP4; see `mxfp4`.
 PACKED = re.compile(r"(.*)_(blocks|scales)")
+LISTED, CHARACTERS = 20, 500  # of an error message: what it lists, and of what length each
 
 
 class ConversionError(ValueError):
@@ -28,6 +29,19 @@ class Tensor:
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         return self.read(slices)
+
+
+def listed(found: Iterable[object], between: str = "; ") -> str:
+    """The first of many things that an error message has to name, and how many more there are."""
+    each = [str(thing) for thing in found]
+    first = [t if len(t) <= CHARACTERS else f"{t[:CHARACTERS]}..." for t in each[:LISTED]]
+    return between.join(first + [f"and {len(each) - LISTED} more"] * (len(each) > LISTED))
+
+
+def shown(value: object, characters: int = 100) -> str:
+    """A value of someone else's file in an error message."""
+    text = repr(value)
+    return text if len(text) <= characters else f"{text[:characters]}..."
 
 
 def read_safetensors(files: list[Path], packed: bool = False) -> dict[str, Tensor]:
