@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax_refusal.fields import (
+    INT32,
     MANY,
     SEEDS,
     ConfigError,
@@ -64,7 +65,8 @@ class DataConfig:
 
 @dataclasses.dataclass
 class RefusalConfig:
-    token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty leaves them to source
+    # First tokens of a refusal; empty leaves them to source.
+    token_ids: tuple[int, ...] = number((), -INT32, INT32)
     # From the model's own replies, or those of model.template.
     source: str = choice("discovered", "paper")
     # Length of the replies that discovery reads.
@@ -198,11 +200,17 @@ def parsed(
         other = isinstance(error, flags.Error) and not str(error).startswith("flag --config=")
         if not file or (not place and (other or isinstance(error, SystemExit))):
             raise
-        text = " ".join(str(cause).split())[:400]
-        raise ConfigError(f"--config={file}{place}: {type(cause).__name__}: {text}") from error
+        text = f"--config={file}{place}: {type(cause).__name__}: {_line(str(cause))}"
+        raise ConfigError(text) from error
     if rest[1:]:
-        raise ConfigError(f"{rest[1:]} are no flags: a flag is --name=value.")
+        raise ConfigError(f"{_line(str(rest[1:]))} are no flags: a flag is --name=value.")
     return rest
+
+
+def _line(text: str, most: int = 400) -> str:
+    """A text of whatever length as a short one of one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def _config_files(arguments: list[str]) -> Iterator[str]:
@@ -238,7 +246,7 @@ def check_overrides(arguments: list[str], config_class: type = RunConfig) -> lis
     for file in _config_files(arguments):
         if not os.path.isfile(file):
             raise ConfigError(
-                f"--config={file}: there is no such file. Give a Python file with a "
+                f"--config={_line(file)}: there is no such file. Give a Python file with a "
                 f"get_config() that returns a {config_class.__name__}, like those in configs/."
             )
     kinds, rest = declared(config_class), []
@@ -247,7 +255,7 @@ def check_overrides(arguments: list[str], config_class: type = RunConfig) -> lis
         if found and (name := found[2]) not in kinds:
             near = difflib.get_close_matches(name, sorted(kinds), n=3) or sorted(kinds)
             raise ConfigError(
-                f"--config.{name[:80]}: there is no such field. Did you mean {', '.join(near)}? "
+                f"--config.{_line(name)}: there is no such field. Did you mean {', '.join(near)}? "
                 f"The fields are in {config_class.__module__.replace('.', '/')}.py."
             )
         if not found or not _is_none(found, config_class):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 LARGEST = float(np.finfo(np.float32).max)  # what models compute with ends here
+INT32 = 2**31 - 1
 MANY = 10**7  # tokens, rows, prompts or devices: more than any machine has room for
 SEEDS = 2**32 - 1
 
@@ -52,14 +53,14 @@ Allowed = Range | tuple[Any, ...] | None
 
 
 def number(
-    default: float | None,
+    default: float | tuple[float, ...] | None,
     low: float = -LARGEST,
     high: float = LARGEST,
     *,
     how: bool = False,  # says how to compute, not what: see `config.identity`
     **more: Any,  # of the Range
 ) -> Any:
-    """A field of a config that is a number in a range."""
+    """A field of a config that is a number in a range, or some of them."""
     allowed = Range(low, high, **more)
     return dataclasses.field(default=default, metadata={"allowed": allowed, "identity": not how})
 
@@ -99,7 +100,8 @@ def check_values(config: Any) -> list[str]:
     """What is wrong with single values; ConfigError at once for values of a wrong type, and for
     attributes that are no fields."""
     rules, wrong = declared(type(config)), _misplaced(config)
-    flat = {} if wrong else flatten(config)
+    names = [] if wrong else rules
+    flat = {name: functools.reduce(getattr, name.split("."), config) for name in names}
     wrong += [text for name, x in flat.items() if (text := _wrong_type(name, x, rules[name][0]))]
     if wrong:
         raise ConfigError("The config has values of a wrong type: " + "; ".join(wrong) + ".")
@@ -151,10 +153,10 @@ def _wrong_type(name: str, value: Any, kind: Any) -> str:
 
 
 def _not_allowed(name: str, value: Any, allowed: Allowed) -> str:
-    texts = [x for x in (value if isinstance(value, tuple | list) else [value]) if type(x) is str]
-    if not all(map(_is_text, texts)):
+    parts = value if isinstance(value, tuple | list) else [value]
+    if not all(_is_text(part) for part in parts if isinstance(part, str)):
         return f"{name}={_shown(value)} (allowed: text without NUL that UTF-8 can hold)"
-    if value is None or allowed is None or value in allowed:
+    if allowed is None or all(part is None or part in allowed for part in parts):
         return ""
     named = str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
     return f"{name}={_shown(value)} (allowed: {named})"

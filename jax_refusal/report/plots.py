@@ -70,9 +70,9 @@ def known(c: Candidate, score: str) -> tuple[str, float]:
     value = getattr(c, score)
     if value is not None and math.isfinite(value):
         return "scored", value
-    if score == "kl_div_score" and value is None and math.isfinite(c.kl_at_least or 0.0):
-        if c.kl_at_least is not None:
-            return "at least", max(0.0, c.kl_at_least)
+    bound = c.kl_at_least if score == "kl_div_score" and value is None else None
+    if bound is not None and math.isfinite(bound):
+        return "at least", max(0.0, bound)
     reasons = [mark for start, mark in REASONS.items() if c.reason.startswith(start)]
     return next(iter(reasons), "not scored"), math.nan
 

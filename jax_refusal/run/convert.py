@@ -5,7 +5,6 @@ the PEFT format, a GGUF control vector for llama.cpp. The directory is written w
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

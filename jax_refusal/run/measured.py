@@ -18,9 +18,7 @@ PROMPTS = 8  # of the builtin harmless set, or of random tokens
 RANDOM_TOKENS = 32  # of each of those, where there is no tokenizer or no chat template
 
 
-def measured(
-    model: Transformer, edited: Transformer, edit: Edit, source: Source
-) -> dict[str, Any]:
+def measured(model: Transformer, edited: Transformer, edit: Edit, source: Source) -> dict[str, Any]:
     """Differences in logits. Raises ExportError where they are not finite."""
     prompts, on = _prompts(source, model.arch)
     length = max(map(len, prompts))

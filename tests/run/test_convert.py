@@ -25,6 +25,7 @@ from jax_refusal.edits import EditError
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.run import convert as conversion
 from jax_refusal.run.convert import Request, convert
+from jax_refusal.run.measured import measured
 from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.study.directions import DirectionError
 from jax_refusal.study.orthogonalize import WeightEditError, rank_one
@@ -445,7 +446,7 @@ def test_an_edit_that_is_none(
         fields["layer"] = 2
     log: list[str] = []
     request = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
-    with pytest.raises((EditError, DirectionError), match="norm 0|zero|NaN or infinity"):
+    with pytest.raises((EditError, DirectionError), match=r"norm 0|zero|NaN or infinity"):
         convert(Request(**request, out=str(tmp_path / "out")), log=log.append)
     assert not log and [path.name for path in tmp_path.iterdir()] == [file.name]
 
@@ -455,7 +456,6 @@ def test_an_edit_that_is_none(
     [
         (1e38, "", EditError, "coefficient . vector holds NaN or infinity"),
         (-1e5, "float16", WeightEditError, r"in float16, .*6\.55e\+04: blocks\.0\.down_bias"),
-        (3e30, "", ExportError, "logits are not finite"),
         (1e-45, "", ExportError, "is zero in float32"),
     ],
 )
@@ -468,6 +468,13 @@ def test_an_addition_that_does_not_fit(
     with pytest.raises(error, match=words):
         converted(source=tiny_dir, to="hf", dtype=dtype, out=tmp_path / "out", **fields)
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_logits_that_are_not_finite_are_not_put_on_a_card(tiny_dir: Path, model: Transformer):
+    arrays = model.leaves()
+    broken = Transformer(model.arch, arrays | {"head": 3e38 * jax.numpy.sign(arrays["head"])})
+    with pytest.raises(ExportError, match=r"logits are not finite .*smaller coefficient"):
+        measured(model, broken, jr.identity(L, D), locate(str(tiny_dir)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,4 +1,4 @@
-"""A folder that is made whole or not at all, by one process, where nobody has put something else."""
+"""A folder that is made whole or not at all, by one process, where nothing else was put."""
 
 import os
 import subprocess
@@ -49,9 +49,9 @@ def test_what_was_planted_is_not_written_through(what: str, tmp_path: Path):
         if what == "a link":
             elsewhere.mkdir()
             (elsewhere / "mine").write_text("mine")
-    with pytest.raises(ExportError, match=r"\.out\.tmp .*link or a file"):
-        with whole_folder(tmp_path / "out"):
-            raise AssertionError
+    refused = pytest.raises(ExportError, match=r"\.out\.tmp .*link or a file")
+    with refused, whole_folder(tmp_path / "out"):
+        raise AssertionError
     assert os.path.lexists(planted) and not (tmp_path / "out").exists()
     if what == "a link":
         assert [path.name for path in elsewhere.iterdir()] == ["mine"]
@@ -90,6 +90,6 @@ def test_one_process_at_a_time_and_what_a_killed_one_left(tmp_path: Path):
 
 def test_a_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match=r"could not be written .*nothing was left"):
-        with whole_folder(tmp_path / "file/out"):
-            raise AssertionError
+    refused = pytest.raises(ExportError, match=r"could not be written .*nothing was left")
+    with refused, whole_folder(tmp_path / "file/out"):
+        raise AssertionError

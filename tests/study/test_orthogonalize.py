@@ -107,7 +107,7 @@ def test_families_with_post_norms_are_refused_unless_asked_for(family: str, chec
 @pytest.mark.parametrize("edit", [orthogonalize, partial(bake_addition, layer=1), weights.rank_one])
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1e39])
 def test_a_direction_that_is_none(edit: Callable, value: float, model: Transformer):
-    with pytest.raises(EditError, match="zero|norm 0|NaN or infinity"):
+    with pytest.raises(EditError, match=r"zero|norm 0|NaN or infinity"):
         edit(model, np.full(D, value))
 
 
