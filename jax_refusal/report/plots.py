@@ -78,13 +78,13 @@ def known(c: Candidate, score: str) -> tuple[str, float]:
 
 
 def coverage(selection: Selection, score: str) -> str:
-    """How many candidates have the score, and why the others do not, in a sentence."""
+    """How many candidates have the score, and why the others do not."""
     counts = Counter(known(c, score)[0] for c in selection.table)
-    text = f"{counts.pop('scored', 0)} of {len(selection.table)} candidates were scored"
+    text = f"Scored: {counts.pop('scored', 0)} of {len(selection.table)} candidates."
     if bounded := counts.pop("at least", 0):
-        text += f", {bounded} bounded from below on a few prompts"
-    others = [f"{words} ({counts[words]})" for words in MARKS if counts[words]]
-    return f"{text}; the others were not: {', '.join(others)}." if others else f"{text}."
+        text += f" A lower bound from a few prompts: {bounded}."
+    others = [f"{words} {counts[words]}" for words in MARKS if counts[words]]
+    return text + f" Not scored: {', '.join(others)}." * bool(others)
 
 
 def score_figure(
@@ -111,7 +111,7 @@ def score_figure(
     if score == "kl_div_score":
         axes.set_yscale("symlog", linthresh=0.01)
         axes.set_ylim(bottom=0)
-    axes.set_ylabel(SCORES[score][1].replace(" (nats)", "\n(nats)"))
+    axes.set_ylabel(SCORES[score][1].replace(", ", ",\n"))
     axes.legend(fontsize="small")
     lowest.set_xlim(-0.5, max(c.layer for c in selection.table) + 0.5)
     lowest.set_xlabel("layer")
@@ -152,7 +152,7 @@ def _draw_map(axes: "Axes", selection: Selection, score: str, positions: int) ->
         color = own if words in ("scored", "at least") else "grey"
         places = ([c.layer for c in cells], [c.position for c in cells])
         style = {"facecolors": "none", "edgecolors": color} if hollow else {"color": color}
-        axes.scatter(*places, marker=marker, s=16, linewidths=1, label=words, **style)
+        axes.scatter(*places, marker=marker, s=22, linewidths=1, label=words, **style)
     axes.set_ylim(-0.5, -positions - 0.5)
     axes.set_yticks(range(-positions, 0))
     axes.tick_params(axis="y", labelsize="x-small", length=0)

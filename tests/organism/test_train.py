@@ -135,7 +135,7 @@ def test_values_that_are_not_allowed_are_refused() -> None:
     with pytest.raises(ConfigError) as error:
         train.validate(wrong)
     assert "model.dtype='float16'" in str(error.value)
-    assert "train.watch_every=0 (at least 1)" in str(error.value)
+    assert "train.watch_every=0 (allowed: at least 1 " in str(error.value)
 
 
 def test_an_epoch_uses_every_example_once_and_rows_fit() -> None:

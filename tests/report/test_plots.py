@@ -65,8 +65,8 @@ def test_every_candidate_has_a_mark_that_says_what_became_of_it(score: str):
     assert pruned == ["layer pruned"] * P * (L - Rule(L).end)
     assert strip.get_xlim() == axes.get_xlim()
     said = " ".join(strip.get_title("left").split())
-    assert said == coverage(chosen, score) and f"layer pruned ({len(pruned)})" in said
-    assert said.startswith(f"{len(scored)} of {P * L} candidates were scored")
+    assert said == coverage(chosen, score) and f"layer pruned {len(pruned)}" in said
+    assert said.startswith(f"Scored: {len(scored)} of {P * L} candidates.")
 
 
 def test_a_bound_of_kl_is_drawn_apart_from_what_is_exact():
@@ -78,7 +78,7 @@ def test_a_bound_of_kl_is_drawn_apart_from_what_is_exact():
     table = {(c.position, c.layer): c for c in chosen.table}
     assert bounds == {cell: table[cell].kl_at_least for cell in bounds}
     assert lines(axes, "_between") == bounds | exact
-    assert "15 bounded from below on a few prompts" in coverage(chosen, "kl_div_score")
+    assert "A lower bound from a few prompts: 15." in coverage(chosen, "kl_div_score")
 
 
 def test_lines_join_neighbours_alone():
@@ -97,7 +97,7 @@ def test_a_score_that_is_not_finite_is_said_to_be_so():
     c = next(c for c in chosen.table if c.layer == 9)
     c.steering_score, c.reason = math.nan, "a score is not finite"
     assert known(c, "steering_score")[0] == "not finite"
-    assert "not finite (1)" in coverage(chosen, "steering_score")
+    assert "not finite 1" in coverage(chosen, "steering_score")
     score_figure(chosen, "steering_score", LABELS, 0.0, "threshold")
 
 
@@ -112,7 +112,7 @@ def test_a_full_grid_has_nothing_that_was_not_scored_but_what_is_zero(score: str
     table = [dataclasses.replace(c, **{score: 1.0}) for c in chosen.table]
     whole = dataclasses.replace(chosen, table=table)
     assert len(score_figure(whole, score, LABELS, math.nan, "").axes) == 1
-    assert coverage(whole, score) == "30 of 30 candidates were scored."
+    assert coverage(whole, score) == "Scored: 30 of 30 candidates."
 
 
 def test_marks_differ_in_shape():
