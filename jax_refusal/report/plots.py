@@ -133,9 +133,13 @@ def _draw_scores(axes: "Axes", selection: Selection, score: str, labels: Sequenc
         color = f"C{p}"
         axes.plot(layers, exact, marker="o", markersize=4, color=color, label=label)
         if there:
-            faint = {"linestyle": ":", "linewidth": 0.8, "alpha": 0.6}
+            faint: dict[str, Any] = {"linestyle": ":", "linewidth": 0.8, "alpha": 0.6}
             axes.plot(*zip(*there, strict=True), color=color, label="_between", **faint)
-        style = {"linestyle": "none", "marker": MARKS["at least"][0], "markerfacecolor": "none"}
+        style: dict[str, Any] = {
+            "linestyle": "none",
+            "marker": MARKS["at least"][0],
+            "markerfacecolor": "none",
+        }
         axes.plot(layers, bounds, color=color, markersize=4, label="_at least", **style)
     chosen = getattr(selection.chosen, score)
     if chosen is not None:
@@ -151,7 +155,9 @@ def _draw_map(axes: "Axes", selection: Selection, score: str, positions: int) ->
         own: Any = [f"C{c.position + positions}" for c in cells]
         color = own if words in ("scored", "at least") else "grey"
         places = ([c.layer for c in cells], [c.position for c in cells])
-        style = {"facecolors": "none", "edgecolors": color} if hollow else {"color": color}
+        style: dict[str, Any] = (
+            {"facecolors": "none", "edgecolors": color} if hollow else {"color": color}
+        )
         axes.scatter(*places, marker=marker, s=22, linewidths=1, label=words, **style)
     axes.set_ylim(-0.5, -positions - 0.5)
     axes.set_yticks(range(-positions, 0))
