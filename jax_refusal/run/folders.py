@@ -83,11 +83,10 @@ def _flush(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # of a folder that is more than some file systems do
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+    # Of a folder that is more than some file systems do, and than its permissions may allow.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

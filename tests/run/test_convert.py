@@ -522,7 +522,7 @@ def test_a_link_out_of_the_source_is_refused(tiny_dir: Path, tmp_path: Path):
     (source / "LICENSE").symlink_to("../secret")
     log: list[str] = []
     request = Request(source=str(source), to="hf", out=str(tmp_path / "out"))
-    with pytest.raises(ExportError, match=r"\['LICENSE'\] are links that lead out"):
+    with pytest.raises((ExportError, SourceError), match=r"LICENSE.* link"):
         convert(request, log=log.append)
     assert not log and not (tmp_path / "out").exists()
     (source / "LICENSE").unlink()
@@ -546,7 +546,7 @@ def test_a_snapshot_of_the_hubs_cache(tiny_dir: Path, tmp_path: Path):
     (tmp_path / "models--org--other/blobs").mkdir(parents=True)
     (tmp_path / "models--org--other/blobs/x").write_text("theirs")
     (snapshot / "NOTICE").symlink_to("../../../models--org--other/blobs/x")
-    with pytest.raises(ExportError, match=r"\['NOTICE'\] are links"):
+    with pytest.raises((ExportError, SourceError), match=r"NOTICE.* link"):
         converted(source=snapshot, to="hf", out=tmp_path / "again")
 
 
