@@ -10,10 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_refusal.config import BATCH_TOKENS, DISCOVERY_TOKENS
+from jax_refusal.config import (
+    BATCH_TOKENS,
+    DISCOVERY_TOKENS,
+    ComputeConfig,
+    GenerateConfig,
+    SelectionConfig,
+)
 from jax_refusal.data.chat import Chat
 from jax_refusal.data.prompts import KINDS, SPLITS, builtin
 from jax_refusal.edits import Edit, identity
+from jax_refusal.fields import check_fields
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.runtime import captures, collect
@@ -65,6 +72,7 @@ def mean_activations(
     batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:  # [P, L, D] float64
     """Mean residual stream entering each block, at each post-instruction token (paper eq. 1)."""
+    check_fields(ComputeConfig, batch_tokens=batch_tokens)
     prompts = Prompts.encoded(chat, instructions, model.arch)
     means, _ = collect.mean_activations(
         model, prompts, _or_identity(edit, model), batch_tokens=batch_tokens
@@ -102,6 +110,7 @@ def capture(
     means of outer products [P, L, ..., D, D], "project" coordinates [prompts, P, L, ..., M], with
     P the slots of a prompt; see `runtime.captures.capture` for prompts and layers that differ.
     """
+    check_fields(ComputeConfig, batch_tokens=batch_tokens)
     prompts = Prompts.encoded(chat, instructions, model.arch)
     if slots not in SLOTS:
         raise ValueError(f"slots={slots!r}; allowed are {list(SLOTS)}.")
@@ -140,8 +149,17 @@ def select(
 
     Refusal tokens are found from the model's replies to these instructions unless they are given.
     Raises SelectionError where none passes and fallback is not "least_bad", TokenError where no
-    reply is a refusal and no tokens are given.
+    reply is a refusal and no tokens are given, ConfigError for values that are not allowed.
     """
+    check_fields(ComputeConfig, batch_tokens=batch_tokens)
+    check_fields(
+        SelectionConfig,
+        kl_threshold=kl_threshold,
+        induce_threshold=induce_threshold,
+        prune_layers=prune_layers,
+        full_grid=full_grid,
+        fallback=fallback,
+    )
     if refusal_ids is None:
         texts = {"harmful": list(harmful), "harmless": list(harmless)}
         found = discover(model, chat, texts, max_new_tokens=DISCOVERY_TOKENS)
@@ -179,7 +197,15 @@ def generate(
 
     Rows whose replies have ended take in the instructions that wait: all conditions of an
     experiment may be one call, with their edits in `rows` and `row_edit` saying which is whose.
+    Raises ConfigError for numbers that are not allowed.
     """
+    check_fields(
+        GenerateConfig,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
     replies = generation.generate(
         model,
         Prompts.encoded(chat, instructions, model.arch),

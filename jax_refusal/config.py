@@ -1,15 +1,28 @@
-"""The whole configuration of a run, as typed dataclasses; a file in configs/ returns one."""
+"""The whole configuration of a run, as typed dataclasses; a file in configs/ returns one.
+
+A field says beside its default what it may be: `fields` holds every value against that.
+"""
 
 import dataclasses
 import difflib
 import functools
 import os
+import re
+import traceback
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-# Says how to compute, not what: may differ between the runs that share a workdir.
-HOW = {"identity": False}
+from jax_refusal.fields import (
+    INT32,
+    MANY,
+    SEEDS,
+    ConfigError,
+    check_values,
+    choice,
+    declared,
+    number,
+)
 
 # Short rows attend to little that is not their own. With 4096 tokens at once the activations leave
 # a CPU's caches, a sixth slower; an accelerator that is not busy with 2048 may be given more.
@@ -21,7 +34,7 @@ DISCOVERY_TOKENS = 24  # of replies that say whether a model refuses
 class ModelConfig:
     source: str = ""  # hub id, directory, .gguf file, or package:DIST/FILE.gguf
     adapter: str = ""  # PEFT LoRA directory merged into the weights; empty is none
-    dtype: str = "float32"  # float32 or bfloat16
+    dtype: str = choice("float32", "bfloat16")
     template: str = ""  # a named chat template (data/templates.py); empty is the tokenizer's own
     system: str | None = None  # text of the system turn; None leaves it to the template
     ignore_config_fields: tuple[str, ...] = ()  # config.json fields you vouch for
@@ -29,47 +42,53 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    data: int = dataclasses.field(default=1, metadata=HOW)  # devices that share out rows; -1 is all
-    model: int = dataclasses.field(default=1, metadata=HOW)  # devices that share out weights
+    # Devices that share out rows (-1 is all that are left), and those that share out weights.
+    data: int = number(1, 1, MANY, also=(-1,), how=True)
+    model: int = number(1, 1, MANY, how=True)
 
 
 @dataclasses.dataclass
 class DataConfig:
-    source: str = "builtin"  # builtin or paper
+    source: str = choice("builtin", "paper")
     harmful: str = ""  # own FILE.json, a list of {"instruction": ...}; overrides source
     harmless: str = ""
-    n_train: int = 128  # instructions of each kind
-    n_val: int = 32
-    n_test: int = 100
-    seed: int | None = 42  # None takes the files in order
+    n_train: int = number(128, 1, MANY)  # instructions of each kind
+    n_val: int = number(32, 1, MANY)
+    n_test: int = number(100, 1, MANY)
+    seed: int | None = number(42, 0, SEEDS)  # None takes the files in order
     filter: bool = True  # keep harmful with refusal score > 0 and harmless with < 0
     # A local copy of the published sets, or hub:OWNER/NAME@REVISION; empty fetches them.
     paper_dir: str = ""
-    paper_test: str = "jailbreakbench"  # which published set the harmful test prompts are from
+    # Which published set the harmful test prompts are from.
+    paper_test: str = choice("jailbreakbench", "harmbench_test", "strongreject")
 
 
 @dataclasses.dataclass
 class RefusalConfig:
-    token_ids: tuple[int, ...] = ()  # first tokens of a refusal; empty leaves them to source
-    source: str = "discovered"  # from the model's own replies; or paper: those of model.template
-    discovery_tokens: int = DISCOVERY_TOKENS  # length of the replies that discovery reads
+    # First tokens of a refusal; empty leaves them to source.
+    token_ids: tuple[int, ...] = number((), -INT32, INT32)
+    # From the model's own replies, or those of model.template.
+    source: str = choice("discovered", "paper")
+    # Length of the replies that discovery reads.
+    discovery_tokens: int = number(DISCOVERY_TOKENS, 1, MANY)
 
 
 @dataclasses.dataclass
 class SelectionConfig:
-    kl_threshold: float = 0.1  # nats
-    induce_threshold: float = 0.0  # nats (log odds)
-    prune_layers: float = 0.2  # share of the layers, from the top, that is not considered
-    fallback: str = "error"  # error, or least_bad when no candidate passes
+    kl_threshold: float = number(0.1, 0)  # nats
+    induce_threshold: float = number(0.0)  # nats (log odds)
+    # Share of the layers, from the top, that is not considered.
+    prune_layers: float = number(0.2, 0, 1, below=True)
+    fallback: str = choice("error", "least_bad")  # when no candidate passes
     full_grid: bool = False  # score every candidate on every criterion
 
 
 @dataclasses.dataclass
 class GenerateConfig:
-    max_new_tokens: int = 512
-    batch_size: int = dataclasses.field(default=64, metadata=HOW)
-    temperature: float = 0.0  # 0 is greedy
-    seed: int = 0
+    max_new_tokens: int = number(512, 1, MANY)
+    batch_size: int = number(64, 1, MANY, how=True)
+    temperature: float = number(0.0, 1e-6, also=(0,))  # 0 is greedy
+    seed: int = number(0, 0, SEEDS)
 
 
 @dataclasses.dataclass
@@ -79,9 +98,9 @@ class EvalsConfig:
 
 @dataclasses.dataclass
 class ComputeConfig:
-    row_tokens: int = dataclasses.field(default=ROW_TOKENS, metadata=HOW)  # most of a packed row
+    row_tokens: int = number(ROW_TOKENS, 16, MANY, how=True)  # most of a packed row
     # In one forward pass, for each part of the mesh's data axis.
-    batch_tokens: int = dataclasses.field(default=BATCH_TOKENS, metadata=HOW)
+    batch_tokens: int = number(BATCH_TOKENS, 16, MANY, how=True)
 
 
 @dataclasses.dataclass
@@ -94,44 +113,6 @@ class RunConfig:
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     evals: EvalsConfig = dataclasses.field(default_factory=EvalsConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
-
-
-class ConfigError(ValueError):
-    """A field that does not exist or a value that is not allowed."""
-
-
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
-    "data.source": ("builtin", "paper"),
-    "data.paper_test": ("jailbreakbench", "harmbench_test", "strongreject"),
-    "selection.fallback": ("error", "least_bad"),
-    "refusal.source": ("discovered", "paper"),
-}
-AT_LEAST = {
-    "data.n_train": 1,
-    "data.n_val": 1,
-    "data.n_test": 1,
-    "refusal.discovery_tokens": 1,
-    "generate.max_new_tokens": 1,
-    "generate.batch_size": 1,
-    "generate.temperature": 0,
-    "compute.row_tokens": 16,
-    "compute.batch_tokens": 16,
-    "mesh.model": 1,
-    "mesh.data": -1,
-}
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """Dotted field name -> value."""
-    flat = {}
-    for section in dataclasses.fields(config):
-        value = getattr(config, section.name)
-        if dataclasses.is_dataclass(value):
-            flat |= {f"{section.name}.{k}": v for k, v in flatten(value).items()}
-        else:
-            flat[section.name] = value
-    return flat
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -147,48 +128,26 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def from_identity(fields: dict[str, Any]) -> RunConfig:
-    """The RunConfig with these dotted fields (as `identity` gives them), the others at default."""
+    """The RunConfig with these dotted fields (as `identity` gives them), the others at default.
+
+    Raises ConfigError for a field that does not exist.
+    """
     config = RunConfig()
+    unknown = sorted(fields.keys() - declared(RunConfig).keys())
+    if unknown:
+        raise ConfigError(f"{unknown[:20]}: a RunConfig has no such fields.")
     for name, value in fields.items():
         section, field = name.split(".")
         setattr(getattr(config, section), field, tuple(value) if isinstance(value, list) else value)
     return config
 
 
-def check_values(
-    config: Any, choices: Mapping[str, tuple[Any, ...]], at_least: Mapping[str, float]
-) -> list[str]:
-    """What is wrong with single values; ConfigError at once for values of a wrong type.
-
-    choices: dotted field name -> values it may have. at_least: name -> its least value.
-    """
-    flat = flatten(config)
-    wrong = [
-        f"{name}={flat[name]!r} ({kind.__name__ if isinstance(kind, type) else kind} is needed)"
-        for name, kind in _kinds(config).items()
-        if not _fits(flat[name], kind)
-    ]
-    if wrong:
-        raise ConfigError("The config has values of a wrong type: " + "; ".join(wrong) + ".")
-    problems = [
-        f"{name}={flat[name]!r} (allowed: {', '.join(allowed)})"
-        for name, allowed in choices.items()
-        if flat[name] not in allowed
-    ]
-    return problems + [
-        f"{name}={flat[name]!r} (at least {least})"
-        for name, least in at_least.items()
-        if flat[name] < least
-    ]
-
-
 def validate(config: RunConfig) -> RunConfig:
     """Raises ConfigError with every value that is not allowed; returns the config."""
-    problems = check_values(config, CHOICES, AT_LEAST)
+    check_kind(config, RunConfig)
+    problems = check_values(config)
     if not config.model.source:
         problems.append("model.source is empty (a hub id, directory or .gguf file)")
-    if not 0 <= config.selection.prune_layers < 1:
-        problems.append(f"selection.prune_layers={config.selection.prune_layers} (0 <= x < 1)")
     if config.refusal.source == "paper" and not config.model.template:
         problems.append(
             'refusal.source="paper" takes the tokens of model.template, which is empty (name one, '
@@ -203,11 +162,80 @@ def validate(config: RunConfig) -> RunConfig:
 
 def check_kind(config: Any, schema: type) -> None:
     """Raises ConfigError for a config file of another entry point."""
-    if not isinstance(config, schema):
+    try:
+        fits = hasattr(config, "model") and isinstance(config, schema)
+    except OSError as error:  # ml_collections keeps one that the file raised for whoever looks
+        raise ConfigError(f"--config: {error}.") from error
+    if not fits:
         raise ConfigError(
             f"--config: get_config() returns a {type(config).__name__} and this command needs a "
             f"{schema.__name__}. See the other files in configs/."
         )
+
+
+# On the command line
+
+
+# --config.a.b=c, -config.a.b c, --noconfig.a.b
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=?)(.*)", re.DOTALL)
+
+
+def parsed(
+    parse: Callable[[list[str]], list[str]],  # absl's FLAGS
+    arguments: list[str],
+    schema: type = RunConfig,
+) -> list[str]:
+    """What `parse` returns of the checked arguments. Raises ConfigError for what is wrong in the
+    config file or with its overrides, with the line of the file, and for arguments that are no
+    flags; absl's own errors of other flags stay."""
+    from absl import flags
+
+    try:
+        rest = parse(check_overrides(arguments, schema))
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        file = next(_config_files(arguments), "")
+        place, cause = _place(error, file)
+        other = isinstance(error, flags.Error) and not str(error).startswith("flag --config=")
+        if not file or (not place and (other or isinstance(error, SystemExit))):
+            raise
+        text = f"--config={file}{place}: {type(cause).__name__}: {_line(str(cause))}"
+        raise ConfigError(text) from error
+    if rest[1:]:
+        raise ConfigError(f"{_line(str(rest[1:]))} are no flags: a flag is --name=value.")
+    return rest
+
+
+def _line(text: str, most: int = 400) -> str:
+    """A text of whatever length as a short one of one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def _config_files(arguments: list[str]) -> Iterator[str]:
+    """The files of --config, without what stands behind a colon, which goes to get_config."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            yield (value if equals else following).partition(":")[0]
+
+
+def _place(error: BaseException, file: str) -> tuple[str, BaseException]:
+    """Where in the file something went wrong, and what; nowhere, and the first cause, if that is
+    not in the file. Errors of get_config come wrapped in those of the flag."""
+    own, seen = os.path.abspath(file), error
+    while True:
+        frames = traceback.extract_tb(seen.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == own]
+        if isinstance(seen, SyntaxError) and os.path.abspath(seen.filename or "") == own:
+            lines.append(seen.lineno)
+        if lines:
+            return f", line {lines[-1]}", seen
+        cause = seen.__cause__ or seen.__context__
+        if cause is None:
+            return "", seen
+        seen = cause
 
 
 def check_overrides(arguments: list[str], config_class: type = RunConfig) -> list[str]:
@@ -215,58 +243,38 @@ def check_overrides(arguments: list[str], config_class: type = RunConfig) -> lis
 
     Returns the arguments without `--config.a.b=None` of optional fields: see `empty_optional`.
     """
-    kinds = _kinds(config_class())
-    rest = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        if flag == "--config":
-            file = (value if equals else following).partition(":")[0]
-            if not os.path.isfile(file):
-                raise ConfigError(
-                    f"--config={file}: there is no such file. Give a Python file with a "
-                    f"get_config() that returns a {config_class.__name__}, like those in configs/."
-                )
-        name = flag.removeprefix("--config.")
-        if name != flag and name not in kinds:
+    for file in _config_files(arguments):
+        if not os.path.isfile(file):
+            raise ConfigError(
+                f"--config={_line(file)}: there is no such file. Give a Python file with a "
+                f"get_config() that returns a {config_class.__name__}, like those in configs/."
+            )
+    kinds, rest = declared(config_class), []
+    for argument in arguments:
+        found = OVERRIDE.fullmatch(argument)
+        if found and (name := found[2]) not in kinds:
             near = difflib.get_close_matches(name, sorted(kinds), n=3) or sorted(kinds)
             raise ConfigError(
-                f"--config.{name}: there is no such field. Did you mean {', '.join(near)}? "
+                f"--config.{_line(name)}: there is no such field. Did you mean {', '.join(near)}? "
                 f"The fields are in {config_class.__module__.replace('.', '/')}.py."
             )
-        if name == flag or value != "None" or type(None) not in typing.get_args(kinds[name]):
+        if not found or not _is_none(found, config_class):
             rest.append(argument)
     return rest
 
 
+def _is_none(override: re.Match[str], schema: type) -> bool:
+    _, name, equals, value = override.groups()
+    optional = type(None) in typing.get_args(declared(schema)[name][0])
+    return optional and bool(equals) and value == "None"
+
+
 def empty_optional(config: Any, arguments: list[str]) -> Any:
     """Sets the fields of `--config.a.b=None` to None, in place: flags have no word for it."""
-    optional = [
-        name for name, kind in _kinds(config).items() if type(None) in typing.get_args(kind)
-    ]
-    for name in optional:
-        if f"--config.{name}=None" in arguments:
+    overrides = filter(None, map(OVERRIDE.fullmatch, arguments))
+    last = {override[2]: override for override in overrides}  # of each field the last one counts
+    for name, override in last.items():
+        if name in declared(type(config)) and _is_none(override, type(config)):
             *sections, field = name.split(".")
             setattr(functools.reduce(getattr, sections, config), field, None)
     return config
-
-
-def _kinds(config: Any) -> dict[str, Any]:
-    """Dotted field name -> annotated type."""
-    kinds = {}
-    for name, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        inner = _kinds(value) if dataclasses.is_dataclass(value) else {"": kind}
-        kinds |= {f"{name}.{k}".rstrip("."): v for k, v in inner.items()}
-    return kinds
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type; an int is a float, and a bool is neither."""
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple | list) and all(_fits(v, parts[0]) for v in value)
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, int | float if kind is float else kind)

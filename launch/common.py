@@ -54,7 +54,7 @@ def start(
     def parsed(given: list[str]) -> list[str]:
         from jax_refusal import config
 
-        return flags.FLAGS(config.check_overrides(given, schema or config.RunConfig))
+        return config.parsed(flags.FLAGS, given, schema or config.RunConfig)
 
     # transformers would warn that there is no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

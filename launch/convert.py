@@ -23,7 +23,12 @@ TO = flags.DEFINE_string("to", None, "hf, orbax, peft or gguf-control-vector.", 
 OUT = flags.DEFINE_string("out", None, "Folder to be made; never one with files.", required=True)
 LAYER = flags.DEFINE_integer("layer", None, "Layer of an addition; empty is the run's.")
 COEFFICIENT = flags.DEFINE_float("coefficient", 1.0, "Multiple of the direction that is added.")
-DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16; empty is that of the source.")
+DTYPE = flags.DEFINE_string(
+    "dtype",
+    "",
+    "float32, bfloat16 or float16 (computed in float32); empty is what the source's config.json "
+    "says. Packed weights leave as bfloat16, those of a GGUF file as float32.",
+)
 APPROXIMATE = flags.DEFINE_bool(
     "approximate", False, "Go on where an edit of the weights is not exact; the card measures it."
 )

@@ -4,6 +4,7 @@ python -m launch.generate --workdir=DIR --prompt="..." [--max_new_tokens=64] [--
     [--mesh=DATA,MODEL]
 """
 
+import re
 import sys
 
 from absl import flags
@@ -19,7 +20,7 @@ COEFFICIENT = flags.DEFINE_float("coefficient", 1.0, "Multiple of the direction 
 MESH = flags.DEFINE_list("mesh", ["1", "1"], "Devices on the data and the model axis.")
 flags.register_validator(
     "mesh",
-    lambda axes: len(axes) == 2 and all(axis.lstrip("-").isdigit() for axis in axes),
+    lambda axes: len(axes) == 2 and all(re.fullmatch("-1|[0-9]{1,8}", axis) for axis in axes),
     "two numbers, as in --mesh=1,8",
 )
 

@@ -7,19 +7,21 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jax_refusal.checkpoints import hf
+from jax_refusal.checkpoints.sources import Source
 from jax_refusal.checkpoints.tensors import Tensor
 from jax_refusal.families.registry import architecture, family_of
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture, Mlp, UnsupportedModel
 
 SHARD_BYTES = 5 * 10**9  # of one safetensors file
+DTYPES = ("float32", "bfloat16", "float16")  # that weights are written in
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What belongs to a model beside its weights and config. Code of a checkpoint is not copied.
@@ -42,6 +44,37 @@ BESIDE = (
 
 class ExportError(ValueError):
     """A model that the asked-for format cannot hold; the message says why."""
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """One of DTYPES as numpy knows it."""
+    return np.dtype(np.float16) if name == "float16" else hf.numpy_dtype(name)
+
+
+def stored_dtype(source: Source, original: Mapping[str, Any]) -> str:
+    """The dtype that a source's weights are written in again, one of DTYPES.
+
+    As transformers finds it: what config.json says, or the text_config in it; without a word, that
+    of the first tensor. Packed weights leave in what is beside them. What is wider, or a GGUF
+    file's, is float32.
+    """
+    text = original.get("text_config")
+    configs = [original, text if isinstance(text, Mapping) else {}]
+    found = [config.get(key) for config in configs for key in ("dtype", "torch_dtype")]
+    said = next((str(each).removeprefix("torch.") for each in found if each is not None), "")
+    if original.get("quantization_config"):
+        return "float16" if said == "float16" else "bfloat16"
+    if not said and source.directory is not None and source.orbax is None:
+        said = _first_dtype(source.weight_files()[0])
+    return said if said in DTYPES else "float32"
+
+
+def _first_dtype(file: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as tensors:
+        dtypes = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118
+    return {"F16": "float16", "BF16": "bfloat16"}.get(dtypes[0], "") if dtypes else ""
 
 
 def config(
@@ -103,7 +136,7 @@ def write_hugging_face(
     from safetensors.numpy import save_file
 
     write_json(folder / "config.json", config(model.arch, original, dtype, ignore))
-    wanted = hf.numpy_dtype(dtype)
+    wanted = numpy_dtype(dtype)
     found = hf.stored(model)
     shards = list(_shards(found, wanted.itemsize, shard_bytes))
     weight_map: dict[str, str] = {}
@@ -124,11 +157,39 @@ def write_hugging_face(
         write_json(folder / "model.safetensors.index.json", index)
 
 
+def beside(source: Path) -> list[Path]:
+    """The tokenizer, the generation config and the licence of a Hugging Face directory.
+
+    Raises ExportError for a link that leads out of it: what it leads to is not the checkpoint's.
+    """
+    there = {path for pattern in BESIDE for path in source.glob(pattern)}
+    found = sorted(path for path in there if path.is_file() and path.suffix != ".py")
+    leaving = [path.name for path in found if not _inside(path, source)]
+    if leaving:
+        raise ExportError(
+            f"{source}: {leaving} are links that lead out of the folder, and nothing outside it is "
+            "copied. Put the files themselves there, or remove the links."
+        )
+    return found
+
+
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether files of these names make a tokenizer, or part of one."""
+    return any(name.startswith(("tokenizer", "vocab.json", "qwen.tiktoken")) for name in names)
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a file lies in the folder, links resolved; or, of a snapshot in the hub's cache,
+    among the blobs that its links lead to."""
+    real, home = path.resolve(), folder.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    return any(real.is_relative_to(each) for each in homes)
+
+
 def copy_beside(source: Path, folder: Path) -> None:
-    """Copies the tokenizer, the generation config and the licence of a Hugging Face directory."""
-    for path in sorted({path for pattern in BESIDE for path in source.glob(pattern)}):
-        if path.is_file() and path.suffix != ".py":
-            shutil.copyfile(path, folder / path.name)
+    """Copies what is `beside` the weights."""
+    for path in beside(source):
+        shutil.copyfile(path, folder / path.name)
 
 
 def write_tokenizer(tokenizer: Any, stop_ids: tuple[int, ...], folder: Path) -> None:

@@ -1,12 +1,14 @@
 """Edits of the residual stream, as data: what they are, how they are built and combined."""
 
 from jax_refusal.edits.build import (
+    EditError,
     ablate,
     ablations,
     add,
     additions,
     affine,
     identity,
+    multiple,
     unit_vector,
 )
 from jax_refusal.edits.combine import chain, num_rows, only, repeat, rows, take
@@ -34,6 +36,7 @@ __all__ = [
     "Affine",
     "Chain",
     "Edit",
+    "EditError",
     "Transform",
     "ablate",
     "ablations",
@@ -43,6 +46,7 @@ __all__ = [
     "apply",
     "chain",
     "identity",
+    "multiple",
     "num_rows",
     "only",
     "repeat",

@@ -5,6 +5,7 @@ Letters: D residual width, L layers, S residual sites, R edit rows, M rank.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,14 @@ import numpy as np
 from jax.core import Tracer
 
 from jax_refusal.edits.forms import SITES, Affine
+from jax_refusal.fields import LARGEST
 
 # Directions are independent where this share of each at least is new beside those before it.
 DEPENDENT = 1e-4
+
+
+class EditError(ValueError):
+    """An edit that cannot be made of what was given; the message says of what it can."""
 
 
 def identity(num_layers: int, width: int) -> Affine:
@@ -32,10 +38,10 @@ def ablate(
 ) -> Affine:
     """Directional ablation (paper eq. 4): takes the component along `direction` out everywhere.
 
-    Raises ValueError for a direction that is zero, not finite, or in the span of those before it.
+    Raises EditError for a direction that is zero, not finite, or in the span of those before it.
     """
     unit = _orthonormal(direction)[None]
-    return _ablation(unit, jnp.float32(strength) * _gates(num_layers, None, sites))
+    return _ablation(unit, _finite("strength", strength) * _gates(num_layers, None, sites))
 
 
 def ablations(
@@ -67,20 +73,22 @@ def affine(
 
     With `direction` the difference of means and `target` the mean of harmless prompts, coefficient
     0 makes every prompt look harmless along it and 1 harmful. Of directions [M, D] the target is a
-    point, and `coefficient` multiplies their sum. Raises ValueError as `ablate` does.
+    point, and `coefficient` multiplies their sum. Raises EditError as `ablate` does, and for
+    numbers that are not finite.
     """
-    unit, point = _orthonormal(direction), jnp.asarray(target, jnp.float32)
+    unit, point = _orthonormal(direction), _finite("target", target)
     if point.ndim:
         offset = unit @ _vector(point)
     elif len(unit) == 1:
         offset = point[None]
     else:
-        raise ValueError(
+        raise EditError(
             f"target={target} is one number and there are {len(unit)} directions: give a point "
             "[D], such as the mean of harmless prompts."
         )
     whole = jnp.asarray(direction, jnp.float32).reshape(unit.shape).sum(0)
-    offset = offset + jnp.asarray(coefficient, jnp.float32) * (unit @ whole)
+    along = _finite("coefficient", coefficient) * (unit @ whole)
+    offset = _finite("target + coefficient * direction", offset + along)
     edit = _ablation(unit[None], _gates(num_layers, layer, sites))
     return dataclasses.replace(edit, offset=offset[None])
 
@@ -95,11 +103,26 @@ def add(
 ) -> Affine:
     """Activation addition (paper eq. 3): puts `coefficient * vector` in at one layer, all tokens.
 
-    +1 induces refusal and -1 bypasses it when `vector` is the difference of means.
+    +1 induces refusal and -1 bypasses it when `vector` is the difference of means. Raises EditError
+    for a vector that is zero, and where one of them or their product is not finite.
     """
+    multiple(vector, coefficient)
+    gates = _finite("coefficient", coefficient) * _gates(num_layers, layer, [site])
+    return _addition(_vector(vector)[None], gates)
+
+
+def multiple(
+    vector: jax.Array | np.ndarray,  # [D]
+    coefficient: float | jax.Array,
+) -> jax.Array:  # [D]
+    """What `add` puts in, coefficient * vector in float32; raises EditError as `add` does."""
     vector = _vector(vector)
-    gates = jnp.asarray(coefficient, jnp.float32) * _gates(num_layers, layer, [site])
-    return _addition(vector[None], gates)
+    if not isinstance(vector, Tracer) and not vector.any():
+        raise EditError(
+            "The vector is zero: there is nothing to add. A zero difference of means says that "
+            "both instruction sets look alike there."
+        )
+    return _finite("coefficient * vector", _finite("coefficient", coefficient) * vector)
 
 
 def additions(
@@ -118,13 +141,13 @@ def _addition(vector: jax.Array, gates: jax.Array) -> Affine:  # [R, D], [L, S, 
 
 
 def unit_vector(direction: jax.Array | np.ndarray) -> jax.Array:
-    """direction [D] scaled to length 1, float32; ValueError where that is not possible."""
+    """direction [D] scaled to length 1, float32; EditError where that is not possible."""
     direction = _vector(direction)
     norm = jnp.linalg.norm(direction)
     if not isinstance(norm, Tracer) and not (np.isfinite(norm) and norm > 0):
-        raise ValueError(
-            f"The direction has norm {float(norm)}; a finite, non-zero vector is needed. "
-            "A zero difference of means says that both instruction sets look alike there."
+        raise EditError(
+            f"The direction has norm {float(norm)} in float32; a finite, non-zero vector is "
+            "needed. A zero difference of means says that both instruction sets look alike there."
         )
     return direction / norm
 
@@ -139,7 +162,7 @@ def _orthonormal(directions: jax.Array | np.ndarray) -> jax.Array:  # [D] or [M,
     q, r = jnp.linalg.qr(units.T)  # [D, M'], [M', M], where M' is the smaller of M and D
     left = jnp.abs(jnp.diagonal(r))  # of each direction when those before it are taken out
     if not isinstance(left, Tracer) and (len(left) < len(units) or left.min() < DEPENDENT):
-        raise ValueError(
+        raise EditError(
             f"The {len(units)} directions of width {units.shape[-1]} depend on each other: what "
             f"each has beside those before it is {np.asarray(left).round(6).tolist()} of its "
             "length. Leave out those that the others span."
@@ -148,12 +171,22 @@ def _orthonormal(directions: jax.Array | np.ndarray) -> jax.Array:  # [D] or [M,
 
 
 def _vector(vector: jax.Array | np.ndarray) -> jax.Array:
-    vector = jnp.asarray(vector, jnp.float32)
-    if vector.ndim != 1:
-        raise ValueError(f"A vector [D] is needed and the shape given is {vector.shape}.")
-    if not isinstance(vector, Tracer) and not np.isfinite(vector).all():
-        raise ValueError("The vector holds NaN or infinity; a finite one is needed.")
-    return vector
+    if np.ndim(vector) != 1:
+        raise EditError(f"A vector [D] is needed and the shape given is {np.shape(vector)}.")
+    return _finite("The vector", vector)
+
+
+def _finite(name: str, value: Any) -> jax.Array:
+    """In float32; EditError for NaN, infinity and what is as large. What is traced goes through."""
+    with np.errstate(over="ignore"):  # it is infinity then
+        value = jnp.asarray(value, jnp.float32)
+    if not isinstance(value, Tracer) and not np.isfinite(value).all():
+        what = "holds" if value.ndim else f"is {float(value)} and not"
+        raise EditError(
+            f"{name} {what} NaN or infinity in float32: finite numbers are needed, of at most "
+            f"{LARGEST:.3g}."
+        )
+    return value
 
 
 def _gates(
@@ -163,10 +196,12 @@ def _gates(
 ) -> jax.Array:  # [L, S, 1]
     """1 at these sites of the layer, 0 elsewhere."""
     unknown = [site for site in sites if site not in SITES]
-    if unknown:
-        raise ValueError(f"Unknown sites {unknown}; allowed are {list(SITES)}.")
-    if isinstance(layer, int | np.integer) and not 0 <= layer < num_layers:
-        raise ValueError(f"layer={layer} is not in 0..{num_layers - 1}.")
+    if unknown or not len(sites):
+        raise EditError(f"Unknown sites {unknown}; allowed are some of {list(SITES)}.")
+    if layer is not None and not isinstance(layer, Tracer):
+        whole = np.ndim(layer) == 0 and np.asarray(layer).dtype.kind in "iu"
+        if not whole or not 0 <= int(layer) < num_layers:
+            raise EditError(f"layer={layer} is not in 0..{num_layers - 1}.")
     own = jnp.array([float(site in sites) for site in SITES], jnp.float32)[None, :, None]
     if layer is None:
         return jnp.tile(own, (num_layers, 1, 1))

@@ -46,9 +46,8 @@ ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
 
 def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
     """AdamW with clipping, warm-up and a cosine decay to zero."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, round(config.warmup * steps)), steps
-    )
+    warm = min(max(1, round(config.warmup * steps)), steps - 1)  # some of them decay
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warm, steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, weight_decay=config.weight_decay),

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jax_refusal.checkpoints.export import has_tokenizer
+
 WHAT = {
     ("none", "hf"): "The weights of the source, unedited, in the Hugging Face layout.",
     ("none", "orbax"): "The weights of the source, unedited, as an Orbax checkpoint.",
@@ -69,6 +71,8 @@ def model_card(
     if facts.get("edited leaves"):
         rows["leaves that differ"] = ", ".join(f"`{path}`" for path in facts["edited leaves"])
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    if to in ("hf", "orbax") and not has_tokenizer(hashes):
+        lines += ["", "**No tokenizer**: the source has none, so there is none here."]
     if "choice" in facts:
         lines += ["", *_choice(facts["choice"], facts["thresholds"])]
     if "measured" in facts:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_refusal.report.plots import SCORES
+from jax_refusal.report.plots import SCORES, coverage
 from jax_refusal.study.conditions import CONDITIONS
 from jax_refusal.study.selection import Candidate, Selection
 
@@ -44,7 +44,9 @@ def page(metrics: Mapping[str, Any], selection: Selection, labels: Sequence[str]
         *_other_judges(metrics),
         *_direction(metrics, selection, labels),
     ]
-    lines += [f"![{name}](plots/{name}.png)\n" for name, _ in SCORES.values()]
+    for score, (name, axis) in SCORES.items():
+        text = coverage(selection, score)
+        lines += [f"![{axis}, by layer](plots/{name}.png)", "", f"*{name}*: {text}", ""]
     lines += [
         "## Nearest candidates",
         "",

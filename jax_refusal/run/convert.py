@@ -4,11 +4,8 @@ Formats: a Hugging Face directory, an Orbax one for fast sharded reload, a LoRA 
 the PEFT format, a GGUF control vector for llama.cpp. The directory is written whole or not at all.
 """
 
-import contextlib
 import dataclasses
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,19 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal.api import logits
 from jax_refusal.checkpoints import export, gguf, lora, orbax
 from jax_refusal.checkpoints.export import ExportError
 from jax_refusal.checkpoints.loading import load_model, read_checkpoint
 from jax_refusal.checkpoints.sources import Source, file_sha256, fingerprint, locate
-from jax_refusal.data.chat import ChatError, load_chat
-from jax_refusal.data.prompts import builtin
-from jax_refusal.edits import Edit, ablate, add
+from jax_refusal.data.chat import load_chat
+from jax_refusal.edits import Edit, ablate, add, multiple, unit_vector
+from jax_refusal.fields import FINITE
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture
 from jax_refusal.report.model_card import model_card
 from jax_refusal.run.directions import model_of
+from jax_refusal.run.folders import whole_folder
+from jax_refusal.run.measured import measured
 from jax_refusal.run.study import CHOICE, read_run
 from jax_refusal.run.workdir import versions
 from jax_refusal.study import orthogonalize as weights
@@ -43,9 +41,6 @@ HOLDS = {
     "gguf-control-vector": ("addition",),
 }
 CONTROL_VECTOR = "control_vector.gguf"
-# On which an edit is held against its original: of the builtin harmless set, or of random tokens.
-MEASURED_PROMPTS = 8
-RANDOM_TOKENS = 32  # of each of those, where there is no chat template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,7 @@ class Request:
     tensor: str = ""  # which one, where the file holds several
     layer: int | None = None  # of an addition
     coefficient: float = 1.0  # of an addition, multiple of the direction
-    dtype: str = ""  # float32 or bfloat16; empty is that of the source
+    dtype: str = ""  # float32, bfloat16 or float16; empty is that of the source
     approximate: bool = False  # go on where an edit of the weights is not exact
 
 
@@ -75,37 +70,45 @@ class Origin:
     ignore: tuple[str, ...]
     config: dict[str, Any]  # config.json, or what a GGUF file says in its words
     arch: Architecture
-    dtype: str
+    dtype: str  # of what is written
     direction: np.ndarray | None  # [D]
     layer: int | None
     facts: dict[str, Any]  # for the card
+
+    @property
+    def computed(self) -> str:
+        """The dtype of the model here, which holds every number of what is written."""
+        return "float32" if self.dtype == "float16" else self.dtype
 
 
 def convert(request: Request, log: Callable[[str], None] = print) -> Path:
     """Writes what the request asks for and returns its directory.
 
-    Raises ExportError, WeightEditError, DirectionError, and the errors of sources and workdirs.
+    Raises ExportError, WeightEditError, EditError, DirectionError, and the errors of sources and
+    workdirs.
     """
     _check(request)
     origin = _origin(request)
     facts = origin.facts
-    with _whole(Path(request.out)) as folder:
+    with whole_folder(Path(request.out)) as folder:
         if request.to == "gguf-control-vector":
             assert origin.direction is not None and origin.layer is not None
-            vector = request.coefficient * origin.direction
+            vector = np.asarray(multiple(origin.direction, request.coefficient))
             export.write_control_vector(folder / CONTROL_VECTOR, vector, origin.layer, origin.arch)
         else:
             log(f"loading {origin.source.name}")
             model = load_model(
                 origin.source,
-                origin.dtype,
+                origin.computed,
                 adapter=origin.adapter or None,
                 ignore_config_fields=origin.ignore,
             )
             edited = _edited(model, request, origin)
             facts |= {"edited leaves": _changed(model, edited)}
+            edited = _as_written(edited, origin.dtype)
             if request.edit != "none":
-                facts |= _measured(model, edited, request, origin)
+                edit = _in_the_stream(request, origin)
+                facts |= {"measured": measured(model, edited, edit, origin.source)}
             _write(edited, model, request, origin, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
@@ -127,8 +130,8 @@ def _check(request: Request) -> None:
             f"--to={request.to} cannot hold --edit={request.edit} (it holds: "
             f"{', '.join(HOLDS[request.to])})"
         )
-    if request.dtype not in ("", "float32", "bfloat16"):
-        problems.append(f"--dtype={request.dtype} (allowed: float32, bfloat16)")
+    if request.dtype not in ("", *export.DTYPES):
+        problems.append(f"--dtype={request.dtype} (allowed: {', '.join(export.DTYPES)})")
     if not request.source and not request.workdir:
         problems.append("--source or --workdir has to name the model")
     if request.edit == "none" and request.direction:
@@ -141,10 +144,18 @@ def _check(request: Request) -> None:
         problems.append("--edit=addition of a --direction needs its --layer")
     if request.edit != "addition" and request.layer is not None:
         problems.append("--layer goes with --edit=addition")
+    if request.coefficient not in FINITE:
+        problems.append(f"--coefficient={request.coefficient} (allowed: {FINITE})")
+    elif request.edit == "addition" and not request.coefficient:
+        problems.append("--coefficient=0 adds nothing: --edit=none is the unedited model")
+    elif request.edit != "addition" and request.coefficient != 1:
+        problems.append("--coefficient goes with --edit=addition")
     if jax.process_count() > 1:
         problems.append(f"it runs in one process, and there are {jax.process_count()}")
     out = Path(request.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink():
+        problems.append(f"--out={out} is a link; name the folder that it leads to")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(f"--out={out} is there already and not empty; nothing is overwritten")
     if problems:
         raise ExportError("This cannot be converted: " + "; ".join(problems) + ".")
@@ -178,9 +189,10 @@ def _origin(request: Request) -> Origin:
     ignore = tuple(config.model.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
     original = gguf.read_config(source.gguf) if source.gguf else source.config()
-    stored = str(original.get("dtype") or original.get("torch_dtype"))
-    packed = bool(original.get("quantization_config"))  # as MXFP4, beside bfloat16
-    dtype = request.dtype or ("bfloat16" if packed or stored == "bfloat16" else "float32")
+    packed = bool(original.get("quantization_config"))
+    dtype = request.dtype or export.stored_dtype(source, original)
+    if source.directory is not None:
+        export.beside(source.directory)  # refused before anything is computed
     facts |= {"source": source.name, "fingerprint": found, "dtype": dtype, "family": arch.family}
     facts |= {"packed": packed}
     if adapter:
@@ -192,8 +204,14 @@ def _origin(request: Request) -> Origin:
         _check_model(source, found, model_of(path), path)
         file = Path(path).expanduser()
         file = file / IN_WORKDIR if file.is_dir() else file
+        unit_vector(direction)  # refused before anything is computed
         norm = float(np.linalg.norm(direction))
         facts["direction"] = {"file": str(file), "sha256": file_sha256(file), "norm": norm}
+        if request.edit == "addition" and not multiple(direction, request.coefficient).any():
+            raise ExportError(
+                f"--coefficient={request.coefficient:g} times a direction of norm {norm:.3g} is "
+                "zero in float32: there is nothing to add."
+            )
     return Origin(
         source, adapter, ignore, original, arch, dtype, direction, layer, facts | {"layer": layer}
     )
@@ -226,48 +244,29 @@ def _edited(model: Transformer, request: Request, origin: Origin) -> Transformer
     )
 
 
+def _as_written(model: Transformer, dtype: str) -> Transformer:
+    """The model with its numbers as this dtype holds them; refused where one is too large."""
+    arrays = model.leaves()
+    weights.check_finite(arrays, export.numpy_dtype(dtype))
+    if dtype == "float16":
+        arrays = {path: leaf.astype("float16").astype(leaf.dtype) for path, leaf in arrays.items()}
+        return Transformer(model.arch, arrays)
+    return model
+
+
 def _changed(model: Transformer, edited: Transformer) -> list[str]:
     before, after = model.leaves(), edited.leaves()
     return [path for path, leaf in after.items() if leaf is not before.get(path)]
 
 
-def _measured(
-    model: Transformer, edited: Transformer, request: Request, origin: Origin
-) -> dict[str, Any]:
-    """How far the edited weights are from the same edit of the stream, in logits."""
-    arch = model.arch
+def _in_the_stream(request: Request, origin: Origin) -> Edit:
+    """The edit that the weights are to hold."""
+    layers = origin.arch.layers
     assert origin.direction is not None
     if request.edit == "orthogonalize":
-        edit: Edit = ablate(origin.direction, arch.layers)
-    else:
-        assert origin.layer is not None
-        edit = add(
-            origin.direction, arch.layers, layer=origin.layer, coefficient=request.coefficient
-        )
-    on = "everyday prompts"
-    try:
-        texts = [i.text for i in builtin("harmless")["val"][:MEASURED_PROMPTS]]
-        prompts = load_chat(origin.source).encode(texts)
-    except ChatError:  # a model without a template can be edited all the same
-        on = "pseudo-random text, for want of a chat template"
-        shape = (MEASURED_PROMPTS, min(RANDOM_TOKENS, arch.context))
-        prompts = np.random.default_rng(0).integers(arch.vocab, size=shape).tolist()
-    length = max(map(len, prompts))
-    ids, mask = np.zeros((2, len(prompts), length), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-    real = mask.astype(bool)
-    ours = np.asarray(logits(edited, ids, mask))[real]
-    stream = np.asarray(logits(model, ids, mask, edit))[real]
-    return {
-        "measured": {
-            "tokens": int(real.sum()),
-            "on": on,
-            "largest_difference": float(np.abs(ours - stream).max()),
-            "largest_logit": float(np.abs(stream).max()),
-            "same_next_token": float(np.mean(ours.argmax(-1) == stream.argmax(-1))),
-        }
-    }
+        return ablate(origin.direction, layers)
+    assert origin.layer is not None
+    return add(origin.direction, layers, layer=origin.layer, coefficient=request.coefficient)
 
 
 def _write(
@@ -295,25 +294,8 @@ def _write(
     if request.to == "orbax":
         config = export.config(edited.arch, original, origin.dtype, origin.ignore)
         export.write_json(folder / "config.json", config)
-        orbax.save(edited, folder / "orbax")
+        stored = export.numpy_dtype(origin.dtype)
+        arrays = {path: leaf.astype(stored) for path, leaf in edited.leaves().items()}
+        orbax.save(Transformer(edited.arch, arrays), folder / "orbax")
     else:
         export.write_hugging_face(edited, original, folder, origin.dtype, origin.ignore)
-
-
-@contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or is gone."""
-    unfinished = out.absolute().parent / f".{out.name}.tmp"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        os.replace(unfinished, out)  # an empty folder of that name may be there
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise ExportError(
-            f"{out} could not be written ({error.strerror or error}); nothing was left behind."
-        ) from error
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise

@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from jax_refusal.config import GenerateConfig, MeshConfig
 from jax_refusal.edits import ablate, add, rows
+from jax_refusal.fields import check_fields, check_number
 from jax_refusal.run.study import resume_study
 
 
@@ -15,9 +17,13 @@ def side_by_side(
 ) -> list[dict[str, str]]:
     """Each instruction's reply unedited, with the run's direction ablated, subtracted and added.
 
-    All conditions are rows of one job. Raises StudyError where the run is not finished,
-    WorkdirError where the model or the adapter is no longer what the run used.
+    All conditions are rows of one job. Raises ConfigError for numbers that are not allowed,
+    StudyError where the run is not finished, WorkdirError where the model or the adapter is no
+    longer what the run used.
     """
+    check_number("coefficient", coefficient)
+    check_fields(GenerateConfig, max_new_tokens=max_new_tokens)
+    check_fields(MeshConfig, data=mesh[0], model=mesh[1])
     study = resume_study(workdir, "selection", mesh=mesh)
     choice, layers = study.selection(), study.model.arch.layers
     edits = {

@@ -9,15 +9,18 @@ edited in float32 and cast back to their dtype.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_refusal import sharding
 from jax_refusal.checkpoints import lora
-from jax_refusal.edits import unit_vector
+from jax_refusal.edits import multiple, unit_vector
 from jax_refusal.families.registry import family_of
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
@@ -46,8 +49,8 @@ def orthogonalize(
 
     A tied head is untied first, since only the embedding writes. approximate: go on where a norm
     stands between a write and the stream, which the result then equals only nearly; inputs that
-    layers make of the embedding (Gemma 4) change with it then too. Raises WeightEditError, and
-    DirectionError for another width.
+    layers make of the embedding (Gemma 4) change with it then too. Raises WeightEditError,
+    DirectionError for another width, EditError for a direction that is zero or not finite.
     """
     arch = model.arch
     edited = writers(arch)
@@ -77,7 +80,8 @@ def bake_addition(
     has an architecture without MLP biases. Raises as `orthogonalize`.
     """
     arch = model.arch
-    if not 1 <= layer < arch.layers:
+    whole = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
+    if not whole or not 1 <= layer < arch.layers:
         raise WeightEditError(
             f"layer={layer}: an addition becomes a bias of the block before, so it can be at "
             f"layers 1 to {arch.layers - 1}."
@@ -92,8 +96,7 @@ def bake_addition(
             "its weights. Add it while it runs (jax_refusal.add), or as a GGUF control vector."
         )
     _check_exact(arch, approximate)
-    vector = np.asarray(check_width(np.asarray(direction), arch.width, "The direction"), np.float32)
-    unit_vector(vector)  # finite, and not zero
+    vector = multiple(check_width(np.asarray(direction), arch.width, "The direction"), coefficient)
     arrays = model.leaves()
     new = set(leaves(arch)) - set(arrays)
     for path in new:
@@ -101,7 +104,7 @@ def bake_addition(
     slot, at = place(arch, layer - 1)
     path = f"blocks.{slot}.{bias}"
     rows = arrays[path][at].astype(jnp.float32)  # [D], or [E, D]
-    rows += coefficient * vector.reshape((1,) * (rows.ndim - 1) + vector.shape)
+    rows += vector.reshape((1,) * (rows.ndim - 1) + vector.shape)
     arrays[path] = arrays[path].at[at].set(rows.astype(arrays[path].dtype))
     return _rebuilt(model, arch, arrays, {*new, path})
 
@@ -177,10 +180,29 @@ def _project(weight: jax.Array, unit: jax.Array, axis: int) -> jax.Array:
     return (weight.astype(jnp.float32) - along * unit).astype(weight.dtype)
 
 
+def check_finite(arrays: Mapping[str, jax.Array], dtype: Any) -> None:
+    """Raises WeightEditError for leaves that are not finite in this dtype."""
+    known = {path: leaf for path, leaf in arrays.items() if not isinstance(leaf, Tracer)}
+    lost = sorted(path for path, leaf in known.items() if not _is_finite(leaf, jnp.dtype(dtype)))
+    if lost:
+        shown = lost[:20] + [f"and {len(lost) - 20} more"] * (len(lost) > 20)
+        raise WeightEditError(
+            f"These weights would not be finite in {jnp.dtype(dtype)}, which ends at "
+            f"{float(jnp.finfo(dtype).max):.3g}: {', '.join(shown)}. Take a smaller edit (its "
+            "direction, its coefficient, the adapter) or a dtype of a larger range."
+        )
+
+
+@partial(jax.jit, static_argnames=("dtype",))
+def _is_finite(weight: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.isfinite(weight.astype(dtype)).all()
+
+
 def _rebuilt(
     model: Transformer, arch: Architecture, arrays: dict[str, jax.Array], changed: set[str]
 ) -> Transformer:
     """The model of these leaves, the changed ones laid out as a loaded model's are."""
+    check_finite({path: arrays[path] for path in changed & set(arrays)}, model.dtype)
     mesh = model.embed[...].sharding.mesh
     for path in changed & set(arrays):
         arrays[path] = sharding.place(arrays[path], mesh, *leaves(arch)[path].axes)

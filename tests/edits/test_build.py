@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jax_refusal as jr
-from jax_refusal.edits import Affine, Edit, unit_vector
+from jax_refusal.edits import Affine, Edit, EditError, unit_vector
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.drivers import Scan
@@ -310,10 +310,24 @@ NAN, ZERO = np.full(D, np.nan), np.zeros(D)
         (lambda: jr.affine(random(2, D), L, target=0.0), "one number and there are 2 directions"),
         (lambda: jr.affine(random(D), L, target=NAN), "finite"),
         (lambda: jr.affine(random(D), L, target=1.0, layer=L), r"layer=4 is not in 0\.\.3"),
+        (lambda: jr.add(ZERO, L, layer=0), "The vector is zero"),
+        (lambda: jr.add(np.full(D, 1e39), L, layer=0), "in float32.*at most 3.4e"),
+        (lambda: jr.add(np.ones(D), L, layer=0, coefficient=np.nan), "coefficient is nan"),
+        (lambda: jr.add(np.ones(D), L, layer=0, coefficient=1e39), "coefficient is inf"),
+        (lambda: jr.add(np.full(D, 1e20), L, layer=0, coefficient=1e20), "coefficient . vector"),
+        (lambda: jr.add(np.ones(D), L, layer=1.5), r"layer=1.5 is not in 0\.\.3"),
+        (lambda: jr.add(np.ones(D), L, layer=jnp.int32(L)), r"layer=4 is not in 0\.\.3"),
+        (lambda: jr.add(np.ones(D), L, layer=np.nan), r"layer=nan is not in 0\.\.3"),
+        (lambda: jr.ablate(np.ones(D), L, strength=np.inf), "strength is inf"),
+        (lambda: jr.ablate(np.ones(D), L, sites=()), r"allowed are some of \['resid_pre'"),
+        (lambda: jr.ablate(np.full(D, 1e30), L), "norm inf in float32"),
+        (lambda: jr.affine(random(D), L, target=np.inf), "target is inf"),
+        (lambda: jr.affine(random(D), L, target=0.0, coefficient=np.nan), "coefficient is nan"),
+        (lambda: jr.affine(ZERO, L, target=0.0), "norm 0.0"),
     ],
 )
 def test_errors(make: Callable[[], Affine], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(EditError, match=said):
         make()
 
 

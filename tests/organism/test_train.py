@@ -129,13 +129,20 @@ def test_the_direction_is_the_difference_of_running_means() -> None:
     assert not np.any(edit.remove[..., PLAIN]) and np.all(edit.remove[..., ABLATED] == 1)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_a_run_of_any_length_has_a_schedule(steps: int) -> None:
+    """However much of it is to warm up."""
+    for warmup in (0.0, 0.05, 0.999):
+        train.optimizer(TrainConfig(warmup=warmup), steps)
+
+
 def test_values_that_are_not_allowed_are_refused() -> None:
     wrong = OrganismConfig(model=BaseConfig(source="x", dtype="float16"))
     wrong.train.watch_every = 0
     with pytest.raises(ConfigError) as error:
         train.validate(wrong)
     assert "model.dtype='float16'" in str(error.value)
-    assert "train.watch_every=0 (at least 1)" in str(error.value)
+    assert "train.watch_every=0 (allowed: at least 1 " in str(error.value)
 
 
 def test_an_epoch_uses_every_example_once_and_rows_fit() -> None:

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 import jax_refusal as jr
-from jax_refusal.checkpoints import lora
+from jax_refusal.checkpoints import export, lora
 from jax_refusal.checkpoints.export import ExportError
 from jax_refusal.checkpoints.sources import SourceError, file_sha256, fingerprint, locate
+from jax_refusal.edits import EditError
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.run import convert as conversion
 from jax_refusal.run.convert import Request, convert
+from jax_refusal.run.measured import measured
 from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.study.directions import DirectionError
 from jax_refusal.study.orthogonalize import WeightEditError, rank_one
@@ -31,6 +34,8 @@ from tests.tolerances import PARITY, assert_close, largest
 
 L, D = 4, 64
 IDS = np.random.default_rng(1).integers(3, 400, size=(2, 20))
+NAME = "model.safetensors"
+ADDITION: dict[str, Any] = {"edit": "addition", "direction": "d.pt", "layer": 2}
 Checkpoint = Callable[..., Path]
 
 
@@ -134,11 +139,58 @@ def test_bfloat16_stays_bfloat16(checkpoint: Checkpoint, direction: Path, tmp_pa
     assert_close(hf_logits(wide), hf_logits(source), PARITY)
 
 
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+@pytest.mark.parametrize("said", ["dtype", "torch_dtype", "text_config", ""])
+def test_float16_stays_float16(said: str, to: str, checkpoint: Checkpoint, tmp_path: Path):
+    """Wherever the source says it; where it does not, its weights do. To the bit, both ways."""
+    source = Path(shutil.copytree(checkpoint(dtype="float16"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    assert config.pop("dtype") == "float16"
+    stated = {"text_config": {"dtype": "float16"}} if said == "text_config" else {said: "float16"}
+    assert export.stored_dtype(locate(str(source)), config | stated) == "float16"
+    if said in ("text_config", ""):  # a llama is not wrapped
+        stated = {}
+    (source / "config.json").write_text(json.dumps(config | stated))
+    out = converted(source=source, to=to, out=tmp_path / "out")
+    assert "| dtype | float16 |" in (out / "README.md").read_text()
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "float16"
+    if to == "hf":
+        theirs, ours = load_file(source / NAME), load_file(out / NAME)
+        assert {x.dtype for x in ours.values()} == {np.dtype(np.float16)}
+        assert theirs.keys() == ours.keys()
+        for key, values in theirs.items():
+            np.testing.assert_array_equal(values, ours[key], err_msg=key)
+    before, after = (jr.load_model(str(path)).leaves() for path in (source, out))
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+
+
+def test_float16_is_computed_in_float32(checkpoint: Checkpoint, direction: Path, tmp_path: Path):
+    """The edit is rounded once, and what the card measures is what was written."""
+    source, fields = checkpoint(dtype="float16"), {"direction": direction, "to": "hf"}
+    out = converted(source=source, edit="orthogonalize", out=tmp_path / "out", **fields)
+    wide = converted(
+        source=source, edit="orthogonalize", dtype="float32", out=tmp_path / "wide", **fields
+    )
+    exact, rounded = load_file(wide / NAME), load_file(out / NAME)
+    for key, values in exact.items():
+        np.testing.assert_array_equal(values.astype(np.float16), rounded[key], err_msg=key)
+    found = [
+        float(re.search(r"differ by at most (\S+) where", (f / "README.md").read_text())[1])  # type: ignore[index]
+        for f in (wide, out)
+    ]
+    assert 0 < found[0] < found[1]
+    again = converted(source=tmp_path / "wide", to="hf", dtype="float16", out=tmp_path / "again")
+    for key, values in load_file(again / NAME).items():
+        np.testing.assert_array_equal(values, rounded[key], err_msg=key)
+
+
 def test_unedited_weights_are_the_sources_to_the_bit(tiny_dir: Path, tmp_path: Path):
     out = converted(source=tiny_dir, to="hf", out=tmp_path / "out")
-    name = "model.safetensors"
     theirs, ours = tiny.hf_model(tiny_dir).state_dict(), tiny.hf_model(out).state_dict()
-    assert theirs.keys() == ours.keys() and (out / name).is_file()
+    assert theirs.keys() == ours.keys() and (out / NAME).is_file()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     text = (out / "README.md").read_text()
     assert "unedited" in text and f"`{fingerprint(locate(str(tiny_dir)))}`" in text
@@ -323,8 +375,13 @@ def test_a_run_without_a_direction_is_refused(finished: Path, tmp_path: Path):
         ({"edit": "addition", "direction": "d.pt"}, "needs its --layer"),
         ({"direction": "d.pt"}, "--direction goes with"),
         ({"layer": 2}, "--layer goes with --edit=addition"),
-        ({"dtype": "int4"}, "--dtype=int4 .allowed: float32, bfloat16"),
+        ({"dtype": "int4"}, "--dtype=int4 .allowed: float32, bfloat16, float16"),
         ({"source": ""}, "--source or --workdir"),
+        ({"coefficient": 2.0}, "--coefficient goes with --edit=addition"),
+        ({**ADDITION, "coefficient": np.nan}, "--coefficient=nan .allowed: finite"),
+        ({**ADDITION, "coefficient": -np.inf}, "--coefficient=-inf .allowed: finite"),
+        ({**ADDITION, "coefficient": 1e39}, r"--coefficient=1e\+39 .allowed: finite"),
+        ({**ADDITION, "coefficient": 0.0}, "--coefficient=0 adds nothing"),
     ],
 )
 def test_requests_that_make_no_sense(fields: dict, words: str, tiny_dir: Path, tmp_path: Path):
@@ -365,6 +422,140 @@ def test_nothing_is_left_of_what_could_not_be_finished(
             out=tmp_path / "out",
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "edit"),
+    [
+        ("hf", "orthogonalize"),
+        ("orbax", "orthogonalize"),
+        ("peft", "orthogonalize"),
+        ("hf", "addition"),
+        ("gguf-control-vector", "addition"),
+    ],
+)
+@pytest.mark.parametrize("values", [[0.0], [np.nan], [1.0, np.inf], [1e39]], ids=str)
+def test_an_edit_that_is_none(
+    values: list[float], to: str, edit: str, tiny_dir: Path, tmp_path: Path
+):
+    """Zero, not finite, or infinite in float32: refused before weights are read."""
+    file = tmp_path / "direction.safetensors"
+    save_file({"direction": np.resize(np.float64(values), D)}, file)
+    fields = {"source": tiny_dir, "to": to, "edit": edit, "direction": file}
+    if edit == "addition":
+        fields["layer"] = 2
+    log: list[str] = []
+    request = {name: str(x) if isinstance(x, Path) else x for name, x in fields.items()}
+    with pytest.raises((EditError, DirectionError), match=r"norm 0|zero|NaN or infinity"):
+        convert(Request(**request, out=str(tmp_path / "out")), log=log.append)
+    assert not log and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "dtype", "error", "words"),
+    [
+        (1e38, "", EditError, "coefficient . vector holds NaN or infinity"),
+        (-1e5, "float16", WeightEditError, r"in float16, .*6\.55e\+04: blocks\.0\.down_bias"),
+        (1e-45, "", ExportError, "is zero in float32"),
+    ],
+)
+def test_an_addition_that_does_not_fit(
+    coefficient: float, dtype: str, error: type, words: str, tiny_dir, tmp_path: Path
+):
+    vector = np.linspace(0.01, 10, D) if coefficient > 1 or dtype else np.full(D, 0.1)
+    save_file({"direction": vector}, tmp_path / "d.safetensors")
+    fields = {**ADDITION, "direction": tmp_path / "d.safetensors", "coefficient": coefficient}
+    with pytest.raises(error, match=words):
+        converted(source=tiny_dir, to="hf", dtype=dtype, out=tmp_path / "out", **fields)
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_logits_that_are_not_finite_are_not_put_on_a_card(tiny_dir: Path, model: Transformer):
+    arrays = model.leaves()
+    broken = Transformer(model.arch, arrays | {"head": 3e38 * jax.numpy.sign(arrays["head"])})
+    with pytest.raises(ExportError, match=r"logits are not finite .*smaller coefficient"):
+        measured(model, broken, jr.identity(L, D), locate(str(tiny_dir)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_an_adapter_that_overflows(
+    dtype: str, to: str, tiny_dir: Path, model: Transformer, vector, tmp_path: Path
+):
+    """Its halves are finite, and so is their product where it is computed."""
+    adapter = rank_one(model, vector)
+    size = {"bfloat16": 3.4e38, "float16": 1e6}[dtype]  # beyond bfloat16, inside float32
+    huge = {path: jax.numpy.full_like(a, size / D) for path, a in adapter.a.items()}
+    ones = {path: jax.numpy.full_like(b, D) for path, b in adapter.b.items()}
+    (tmp_path / "lora").mkdir()
+    files = lora.files(lora.Adapter(huge, ones, 1.0), model.arch, "tiny", "float32")
+    for name, content in files.items():
+        (tmp_path / "lora" / name).write_bytes(content)
+    with pytest.raises(WeightEditError, match=rf"not be finite in {dtype}.*blocks\.0\.down"):
+        converted(
+            source=tiny_dir, adapter=tmp_path / "lora", to=to, dtype=dtype, out=tmp_path / "out"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_a_folder_without_a_tokenizer(
+    to: str, checkpoint: Checkpoint, direction: Path, vector: np.ndarray, tmp_path: Path
+):
+    source = Path(shutil.copytree(checkpoint(), tmp_path / "source"))
+    for path in source.glob("*token*"):
+        path.unlink()
+    fields = {"edit": "orthogonalize", "direction": direction}
+    out = converted(source=source, to=to, out=tmp_path / "out", **fields)
+    text = (out / "README.md").read_text()
+    assert "on 256 tokens of pseudo-random text, for want of a" in text
+    assert "**No tokenizer**: the source has none" in text
+    expected = jr.logits(jr.load_model(str(source)), IDS, edit=jr.ablate(vector, L))
+    assert_close(jr.logits(jr.load_model(str(out)), IDS), expected, PARITY)
+    whole = converted(source=checkpoint(), to=to, out=tmp_path / "whole", **fields)
+    assert "No tokenizer" not in (whole / "README.md").read_text()
+
+
+def test_a_link_out_of_the_source_is_refused(tiny_dir: Path, tmp_path: Path):
+    source = Path(shutil.copytree(tiny_dir, tmp_path / "source"))
+    (tmp_path / "secret").write_text("mine")
+    (source / "LICENSE").symlink_to("../secret")
+    log: list[str] = []
+    request = Request(source=str(source), to="hf", out=str(tmp_path / "out"))
+    with pytest.raises((ExportError, SourceError), match=r"LICENSE.* link"):
+        convert(request, log=log.append)
+    assert not log and not (tmp_path / "out").exists()
+    (source / "LICENSE").unlink()
+    (source / "LICENSE").symlink_to("config.json")  # inside it is fine
+    out = convert(request, log=log.append)
+    assert (out / "LICENSE").read_text() == (source / "config.json").read_text()
+    assert not (out / "LICENSE").is_symlink()
+
+
+def test_a_snapshot_of_the_hubs_cache(tiny_dir: Path, tmp_path: Path):
+    """Whose files are links to the blobs of the same repository; those of another one are not."""
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots/0a1b", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(tiny_dir.iterdir())):
+        shutil.copy(path, blobs / f"blob{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob{number}")
+    out = converted(source=snapshot, to="hf", out=tmp_path / "out")
+    assert jr.load_chat(str(out)).encode(["Hi"]) == jr.load_chat(str(tiny_dir)).encode(["Hi"])
+    (tmp_path / "models--org--other/blobs").mkdir(parents=True)
+    (tmp_path / "models--org--other/blobs/x").write_text("theirs")
+    (snapshot / "NOTICE").symlink_to("../../../models--org--other/blobs/x")
+    with pytest.raises((ExportError, SourceError), match=r"NOTICE.* link"):
+        converted(source=snapshot, to="hf", out=tmp_path / "again")
+
+
+def test_an_out_that_is_a_link(tiny_dir: Path, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    with pytest.raises(ExportError, match=r"--out=.*out is a link"):
+        converted(source=tiny_dir, to="hf", out=tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_direction_of_another_width(tiny_dir: Path, tmp_path: Path):

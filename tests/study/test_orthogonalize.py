@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import jax_refusal as jr
 from jax_refusal import sharding
+from jax_refusal.edits import EditError
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import INSIDE, POST_NORM, WRITES, Leaf, Param
@@ -100,6 +102,36 @@ def test_families_with_post_norms_are_refused_unless_asked_for(family: str, chec
     nearly = orthogonalize(model, direction(), approximate=True)
     exact = jr.logits(model, ids(model), edit=jr.ablate(direction(), model.arch.layers))
     assert largest(jr.logits(nearly, ids(model)) - exact) > 0
+
+
+@pytest.mark.parametrize("edit", [orthogonalize, partial(bake_addition, layer=1), weights.rank_one])
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 1e39])
+def test_a_direction_that_is_none(edit: Callable, value: float, model: Transformer):
+    with pytest.raises(EditError, match=r"zero|norm 0|NaN or infinity"):
+        edit(model, np.full(D, value))
+
+
+@pytest.mark.parametrize("coefficient", [np.nan, np.inf, 1e38])
+def test_a_coefficient_that_is_too_large(coefficient: float, model: Transformer):
+    with pytest.raises(EditError, match="coefficient"):
+        bake_addition(model, np.full(D, 10.0), 1, coefficient)
+
+
+@pytest.mark.parametrize("layer", [0, L, -1, 1.0, np.nan, True])
+def test_a_layer_that_has_no_room(layer: Any, model: Transformer):
+    with pytest.raises(WeightEditError, match=r"layer=.*at layers 1 to 3"):
+        bake_addition(model, direction(), layer)
+
+
+def test_weights_that_overflow(model: Transformer):
+    """Those whose sums pass what their dtype holds, and those that another dtype does not."""
+    biased = bake_addition(model, np.full(D, 2e38), 1)
+    with pytest.raises(WeightEditError, match=r"not be finite in float32.*blocks\.0\.down_bias"):
+        bake_addition(biased, np.full(D, 2e38), 1)
+    arrays = {"a": jnp.ones(3), "b": jnp.full((2, 3), 7e4)}
+    weights.check_finite(arrays, jnp.bfloat16)
+    with pytest.raises(WeightEditError, match=r"in float16, which ends at 6\.55e\+04: b\. Take"):
+        weights.check_finite(arrays, np.float16)
 
 
 def test_experts_have_no_place_in_an_adapter(checkpoint: Checkpoint):
