@@ -55,7 +55,7 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_return(
 
 
 def test_a_planted_link_is_never_followed(tmp_path: Path, monkeypatch):
-    """Neither of the file's own name nor, where somebody could guess it, of the unfinished one's."""
+    """Neither of the file's own name nor, should somebody guess it, of the unfinished one's."""
     (tmp_path / "mine").write_text("words")
     (tmp_path / "file.txt").symlink_to(tmp_path / "mine")
     atomic_write(tmp_path / "file.txt", b"new")

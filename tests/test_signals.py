@@ -1,7 +1,6 @@
 """Signals end a process in order, with their own exit code, wherever they come."""
 
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -30,7 +29,7 @@ CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 def ended(body: str, before: str = "") -> tuple[int, list[str]]:
-    """Exit code and output of a process that does this; before: words of the shell that starts it."""
+    """Exit code and output of a process that does this; before: words of the shell around it."""
     entry = ENTRY.format(body=textwrap.indent(textwrap.dedent(body), "    "))
     result = subprocess.run(
         ["sh", "-c", f'{before} exec "$0" -c "$1"', sys.executable, entry],
@@ -99,8 +98,8 @@ DROPPED = """
 
 @pytest.mark.parametrize("seconds", [0.0, 0.02, 0.049, 0.05, 0.051, 0.1])
 def test_one_that_was_dropped_comes_again_whatever_the_main_thread_does(seconds: float):
-    """It comes while another thread has the interpreter's lock, or a call in C that does not give it
-    back; what follows is a call that waits for a long time."""
+    """It comes while another thread has the interpreter's lock, or a call in C that does not give
+    it back; what follows is a call that waits for a long time."""
     held = f"""
     end = time.monotonic() + {seconds}
     while time.monotonic() < end:

@@ -1,7 +1,8 @@
 """Kills a tiny run at random moments, lets it go on, and compares what it leaves at the end with
 what an undisturbed run leaves.
 
-python -m tests.campaign.kill --times=50 [--seed=0] [--signals=KILL,TERM,INT,HUP]
+python -m tests.campaign.kill --times=50 [--seed=0] [--signals=KILL,TERM,INT,INT] [--jobs=2]
+    [--minutes=30]
 
 Every run is a process of its own (`launch.run`), killed again and again until it gets to its end.
 Prints a row for each kill and each run, then a table; exits with 1 after any fault: another exit
@@ -10,8 +11,11 @@ code than the signal's, a trace, or files that differ.
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -109,7 +113,7 @@ class Campaign:
 
     folder: Path
     signals: tuple[str, ...]
-    random: random.Random
+    seed: int
     times: dict[str, float] = dataclasses.field(default_factory=dict)  # stage -> its seconds
     kills: list[Kill] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -140,12 +144,13 @@ class Campaign:
             del stage["seconds"]
         return runs.results(workdir) | {"manifest.json": listed}
 
-    def run(self, number: int, most: int) -> None:
-        """One run, killed until it is complete or `most` times, and what it left."""
+    def run(self, number: int, times: int) -> None:
+        """One run, killed until it is complete or there are so many kills, and what it left."""
         workdir, killed = self.folder / f"run {number}", 0
-        while killed < min(most, MOST) and complete(workdir) < len(STAGES):
+        dice = random.Random(f"{self.seed} {number}")
+        while killed < MOST and len(self.kills) < times and complete(workdir) < len(STAGES):
             killed += 1
-            self.kill(workdir)
+            self.kill(workdir, dice)
         process = self.process(workdir)
         code = process.end()
         if code or "Traceback" in process.said:
@@ -160,13 +165,13 @@ class Campaign:
             self.faults.append(f"run {number} left other files: {differ}")
         print(f"run {number}: killed {killed} times, identical: {not differ}", flush=True)
 
-    def kill(self, workdir: Path) -> None:
+    def kill(self, workdir: Path, dice: random.Random) -> None:
         """Starts or goes on, and sends a signal at a random moment of a random stage to come."""
-        name, done = self.random.choice(self.signals), complete(workdir)
+        name, done = dice.choice(self.signals), complete(workdir)
         # Mostly of the next stage, so that all get their share.
-        ahead = min(int(self.random.expovariate(1.0)), len(STAGES) - done - 1)
-        stage, share = STAGES[done + ahead], self.random.uniform(0.0, 1.1)
-        if done == 0 and self.random.random() < 0.2:
+        ahead = min(int(dice.expovariate(1.0)), len(STAGES) - done - 1)
+        stage, share = STAGES[done + ahead], dice.uniform(0.0, 1.1)
+        if done == 0 and dice.random() < 0.2:
             stage = START
         process = self.process(workdir)
         if stage != START:
@@ -204,7 +209,7 @@ class Campaign:
         for kill in self.kills:
             codes[kill.signal, kill.stage].append(kill.code)
         lines = [f"{'signal':7}{'stage hit':20}{'kills':>6}  exit codes"]
-        for name in self.signals:
+        for name in dict.fromkeys(self.signals):
             for stage in (START, *STAGES, END):
                 if given := collections.Counter(codes[name, stage]):
                     counts = ", ".join(f"{code} x {n}" for code, n in sorted(given.items()))
@@ -223,14 +228,26 @@ def hear_again() -> None:
             signal.signal(number, usual)
 
 
-def campaign(folder: Path, times: int, seed: int, signals: tuple[str, ...]) -> Campaign:
-    """Kills so many times."""
+def campaign(
+    folder: Path,
+    times: int,
+    seed: int,
+    signals: tuple[str, ...],
+    jobs: int = 1,
+    minutes: float = math.inf,
+) -> Campaign:
+    """Kills so many times, or for so long; jobs: runs at once."""
     hear_again()
-    done = Campaign(folder, signals, random.Random(seed))
-    number = 0
-    while len(done.kills) < times:
-        number += 1
-        done.run(number, times - len(done.kills))
+    done, end = Campaign(folder, signals, seed), time.monotonic() + 60 * minutes
+    numbers = itertools.count(1)
+
+    def work() -> None:
+        while len(done.kills) < times and time.monotonic() < end:
+            done.run(next(numbers), times)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for job in [pool.submit(work) for _ in range(jobs)]:
+            job.result()
     return done
 
 
@@ -239,12 +256,15 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=50, help="signals that are sent in all")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn if not given")
     parser.add_argument("--signals", default="KILL,TERM,INT", help=f"of {', '.join(CODES)}")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")
     asked = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        done = campaign(Path(folder), asked.times, seed, tuple(asked.signals.split(",")))
+        signals = tuple(asked.signals.split(","))
+        done = campaign(Path(folder), asked.times, seed, signals, asked.jobs, asked.minutes)
     print(f"\n{done.table()}\n")
     for fault in done.faults:
         print(f"FAULT: {fault}\n")

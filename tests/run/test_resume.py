@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_refusal.run import study
-from jax_refusal.run.side_by_side import side_by_side
 from jax_refusal.run.partial import PartialResults
+from jax_refusal.run.side_by_side import side_by_side
 from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.runtime.generate import generate
 from jax_refusal.study.selection import SelectionError

@@ -189,7 +189,7 @@ def test_a_link_that_leads_outside_the_workdir_is_refused(made: Workdir, tmp_pat
             work.write_json("first/file.json", "new")
 
     for act in (go_on, lambda: Workdir.existing(made.root).read_json("first/file.json")):
-        with pytest.raises(WorkdirError, match="link that leads outside.*elsewhere.*remove"):
+        with pytest.raises(WorkdirError, match=r"link that leads outside.*elsewhere.*remove"):
             act()
     after = contents(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()
     assert after == before
