@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
 from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from jax_refusal.run import lock
 from jax_refusal.run.workdir import Workdir, WorkdirError
@@ -206,6 +209,36 @@ def test_of_two_that_take_a_lease_at_once_one_stops(
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["held", "refused"]
+
+
+class Bucket(MemoryFileSystem):
+    """What gs:// leads to, in memory."""
+
+    protocol = "gcs"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").strip("/")
+
+
+def test_a_bucket_has_a_lease_and_keeps_its_files(quick: None):
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    root = "gs://bucket/run"
+    Bucket.store.clear()
+    work = Workdir(root, {"model": "a"})
+    with work.lock():
+        work.write_json("a/b.json", 1)
+        work.finish("first", ["a/b.json"], 1.0)
+        with pytest.raises(WorkdirError, match=HELD), Workdir(root, {"model": "a"}).lock():
+            pass
+    assert set(Bucket.store) == {"/bucket/run/a/b.json", "/bucket/run/manifest.json"}
+    Bucket.store["/bucket/run/a/.b.json.tmp"] = Bucket.store["/bucket/run/a/b.json"]
+    again = Workdir(root, {"model": "a"})
+    with again.lock():
+        assert again.done("first") and again.read_json("a/b.json") == 1
+    assert set(Bucket.store) == {"/bucket/run/a/b.json", "/bucket/run/manifest.json"}
 
 
 def test_a_run_that_lost_its_lease_writes_no_more(tmp_path: Path, quick: None):
