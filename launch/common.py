@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
+
+from launch import signals
 
 
 def progress(items: Iterable[Any], title: str) -> Iterable[Any]:
@@ -48,7 +48,8 @@ def start(
 ) -> None:
     """Runs an entry point: checks the flags, keeps compiled programs, words the errors.
 
-    stopped: what to say after Ctrl-C.
+    stopped: what to say after Ctrl-C and other signals that end it. The exit code is theirs then
+    (130, 143, 129), 2 after an error of the project, 1 after one that nobody expected.
     """
 
     def parsed(given: list[str]) -> list[str]:
@@ -67,53 +68,32 @@ def start(
         startup.give_back_after_compiling()
         main(rest)
 
-    interrupted = interrupts()
+    interruption = signals.Interruption()
     try:
         app.run(guarded, argv=arguments, flags_parser=parsed)
-    except SystemExit:
+    except SystemExit:  # done, or the flags were wrong: nothing is at work
+        interruption.close()
         raise
     except BaseException as error:
-        if interrupted or isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that is raised again comes late
-            print(f"\nInterrupted. {stopped}".rstrip(), file=sys.stderr)
-            sys.exit(130)
-        if not isinstance(error, ValueError | flags.Error):
-            raise
-        # The project's own errors say what to do; a trace would bury it.
-        own = type(error).__module__.startswith("jax_refusal")
-        if not own and not isinstance(error, flags.Error):
-            raise
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        interruption.close()
+        code = 2
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            if interruption.numbers or isinstance(error, KeyboardInterrupt):
+                code = interruption.code
+                by = "" if code == 130 else f" by {interruption.name}"
+                print(f"\nInterrupted{by}. {stopped}".rstrip(), file=sys.stderr)
+            elif _says_what_to_do(error):  # a trace would bury it
+                print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+            else:
+                code = 1
+                sys.excepthook(type(error), error, error.__traceback__)
+        signals.leave(code)
 
 
-def interrupts() -> list[int]:
-    """The signals of Ctrl-C from now on, as they come; each is still raised as KeyboardInterrupt.
-
-    Code in C that is interrupted while it calls back may raise an error of its own instead, such
-    as a SystemError: an error after Ctrl-C is an interruption whatever its type. In a finalizer
-    or a callback of the garbage collector, Python drops what is raised: the signal is sent again
-    shortly after.
-    """
-    come: list[int] = []
-    dropped = sys.unraisablehook
-
-    def again(lost: Any) -> None:
-        if lost.exc_type is not KeyboardInterrupt:
-            return dropped(lost)
-        main = threading.main_thread().ident
-        later = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
-        later.daemon = True
-        later.start()
-
-    def note(number: int, _: object) -> None:
-        come.append(number)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup's choice stands
-        signal.signal(signal.SIGINT, note)
-        sys.unraisablehook = again
-    return come
+def _says_what_to_do(error: BaseException) -> bool:
+    """Whether it is an error of the project, or of the flags."""
+    own = type(error).__module__.startswith("jax_refusal")
+    return isinstance(error, flags.Error) or (own and isinstance(error, ValueError))
 
 
 def settings(config_flag: flags.FlagHolder, schema: type | None = None) -> Any:

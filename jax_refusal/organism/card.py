@@ -87,8 +87,14 @@ def write_card(rundir: str, measured: Mapping[str, Any]) -> Path:
     folder = lora.locate(Workdir.existing(rundir).manifest["identity"]["config.model.adapter"])
     if not (folder / TRAINING).is_file():
         raise CardError(f"{folder} has no {TRAINING}: it was not made by launch.train_organism.")
-    training = json.loads((folder / TRAINING).read_bytes())
-    atomic_write(folder / CARD, card(folder.name, training, measured).encode())
+    try:
+        text = card(folder.name, json.loads((folder / TRAINING).read_bytes()), measured)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CardError(
+            f"{folder / TRAINING} is damaged ({type(error).__name__}: {error}). Put back a copy of "
+            "it, or train the adapter again with launch.train_organism."
+        ) from error
+    atomic_write(folder / CARD, text.encode())
     return folder / CARD
 
 

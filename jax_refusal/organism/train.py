@@ -34,14 +34,14 @@ from jax_refusal.organism.config import (
 )
 from jax_refusal.organism.examples import Example, harmful_prompts, harmless_prompts, refusal
 from jax_refusal.organism.loss import ABLATED, PLAIN, Decision, Mediator, TrainBatch, step
-from jax_refusal.run.workdir import Timer, Workdir
+from jax_refusal.run.workdir import Timer, Workdir, WorkdirError
 from jax_refusal.runtime.batching import Prompts, prefix_tokens
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.pairs import Pair, pack_pairs
 from jax_refusal.runtime.progress import Progress, silent
 from jax_refusal.sharding import mesh_of
 
-ANSWERS, LOG, ADAPTER = "answers.jsonl", "train.jsonl", "adapter"
+ANSWERS, LOG, ADAPTER, CHECKPOINTS = "answers.jsonl", "train.jsonl", "adapter", "checkpoints"
 
 
 def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
@@ -102,7 +102,14 @@ def train(
     )
     if work.done("train"):
         log(f"{workdir} is complete: nothing to do.")
-        return f"{workdir}/{ADAPTER}"
+    else:
+        with work.lock():
+            _make(config, identity, source, prompts, work, progress, log, on_step)
+    return f"{workdir}/{ADAPTER}"
+
+
+def _make(config, identity, source, prompts, work, progress, log, on_step) -> None:
+    """The answers of the base model, the training, and the adapter's files, in a workdir."""
     chat, base = load_chat(source), load_model(source, config.model.dtype)
     # Answers are kept as token ids. And from here on the folder has a manifest, whatever happens.
     work.note(template=chat.template_hash, tokenizer=chat.tokenizer_hash)
@@ -125,7 +132,6 @@ def train(
     for name, content in files.items():
         work.write(f"{ADAPTER}/{name}", content)
     work.finish("train", [f"{ADAPTER}/{name}" for name in files], timer.seconds)
-    return f"{workdir}/{ADAPTER}"
 
 
 def _record(
@@ -274,13 +280,25 @@ def _fit(config, base, chat, harmful, answers, work, progress, log, on_step) -> 
     mediator = Mediator.start(arch.width, c.mediator_layer, c.mediator_share)
     state = (adapter, tune.init(adapter), mediator)
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager((work.root / "checkpoints").absolute(), options=options) as saved:
+    folder = work.inside(CHECKPOINTS).absolute()
+    with ocp.CheckpointManager(folder, options=options) as saved:
         start, records = 0, []
         if (latest := saved.latest_step()) is not None:
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = saved.restore(latest, args=ocp.args.StandardRestore(target))
+            try:
+                state = saved.restore(latest, args=ocp.args.StandardRestore(target))
+            except Exception as error:  # Orbax and what it reads with raise all kinds
+                raise WorkdirError(
+                    f"{folder}/{latest} is damaged ({str(error)[:300]}). Delete {folder} and run "
+                    "the same command again: the training begins anew."
+                ) from error
             start = latest
             records = work.read_jsonl(LOG)[:start]
+            if len(records) < start:
+                raise WorkdirError(
+                    f"{work.root}/{LOG} has {len(records)} steps and {folder} has {start}. Delete "
+                    "both and run the same command again: the training begins anew."
+                )
             log(f"going on after step {start}")
         with jax.set_mesh(mesh_of(base)):
             for number in range(start, steps):

@@ -14,8 +14,8 @@ from jax_refusal import config as configs
 from jax_refusal.checkpoints.loading import read_checkpoint
 from jax_refusal.data import templates
 from jax_refusal.evals.judge import Judge
-from jax_refusal.run.stages import first_use, remade, stages
-from jax_refusal.run.study import METRICS, open_study
+from jax_refusal.run.stages import Stage, first_use, remade, stages
+from jax_refusal.run.study import Study, open_study
 from jax_refusal.run.workdir import Timer
 from jax_refusal.runtime.progress import Progress, silent
 from jax_refusal.runtime.startup import end_stage
@@ -54,13 +54,25 @@ def run(
         progress=progress,
         log=log,
     )
-    done = 0
-    while done < len(order) and study.workdir.done(order[done].name):
-        done += 1
-    if done == len(order):
+    if _done(study, order) == len(order):
         log(f"{workdir} is complete: nothing to do.")
     else:  # a model that cannot be run is refused before its tokenizer or weights are read
         read_checkpoint(study.source, tuple(config.model.ignore_config_fields))
+        with study.workdir.lock():
+            _go_on(study, order)
+    return study.metrics()
+
+
+def _done(study: Study, order: Sequence[Stage]) -> int:
+    """How many stages are complete, of those before which all are."""
+    done = 0
+    while done < len(order) and study.workdir.done(order[done].name, order[done].files):
+        done += 1
+    return done
+
+
+def _go_on(study: Study, order: Sequence[Stage]) -> None:
+    done = _done(study, order)  # by now; it may have been another run that did more
     for i, stage in enumerate(order[done:], done):
         timer = Timer()
         stage.run(study)
@@ -68,5 +80,4 @@ def run(
         study.workdir.finish(
             stage.name, stage.files, timer.seconds, earlier=[s.name for s in order[:i]]
         )
-        log(f"{stage.name}: {timer.seconds:.1f} s")
-    return study.workdir.read_json(METRICS)
+        study.log(f"{stage.name}: {timer.seconds:.1f} s")

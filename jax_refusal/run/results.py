@@ -114,7 +114,7 @@ def _rate(judge: str, condition: str, given: Sequence[Verdict]) -> Rate:
 
 def write_report(study: Study) -> None:
     """report.md and its three plots."""
-    metrics, selection = study.workdir.read_json(METRICS), study.selection()
+    metrics, selection = study.metrics(), study.selection()
     labels = study.chat.position_labels
     references = {
         "refusal_score": (metrics["baseline_scores"]["harmful"], "unedited"),

@@ -23,7 +23,9 @@ from jax_refusal.evals.judge import Judge, Verdict
 from jax_refusal.evals.registry import find_judges
 from jax_refusal.files import content_hash
 from jax_refusal.models.decoder import Transformer
-from jax_refusal.run.workdir import PartialResults, Workdir
+from jax_refusal.report.page import closing_table
+from jax_refusal.run.partial import PartialResults
+from jax_refusal.run.workdir import MANIFEST, Workdir, WorkdirError
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.generate import generate
 from jax_refusal.runtime.progress import Progress, silent
@@ -141,7 +143,12 @@ class Study:
         arrays = [x.tolist() for x in jax.tree.leaves(edit)]
         rules = [list(self.chat.stop_ids), tokens, options]
         of = [prompts.ids, arrays, list(row_edit), list(numbers), rules]
-        with PartialResults(self.workdir, file, of) as partial:
+
+        def is_reply(ids: Any) -> bool:
+            fits = isinstance(ids, list) and len(ids) <= tokens
+            return fits and all(type(i) is int and 0 <= i < self.model.arch.vocab for i in ids)
+
+        with PartialResults(self.workdir, file, of, is_reply, self.log) as partial:
             todo = [i for i in range(len(prompts.ids)) if i not in partial.items]
             if todo:
                 self.replies(
@@ -160,22 +167,28 @@ class Study:
 
     @property
     def token_ids(self) -> list[int]:
-        return [t["token_id"] for t in self.workdir.read_json(TOKENS)["tokens"]]
+        with self.workdir.reading(TOKENS):
+            return [int(t["token_id"]) for t in self.workdir.read_json(TOKENS)["tokens"]]
 
     def filtered(self, kind: str, split: str) -> list[str]:
         """The prompts of a split that passed the filter."""
-        return self.workdir.read_json(FILTER)[kind][split]["kept"]
+        with self.workdir.reading(FILTER):
+            return [str(text) for text in self.workdir.read_json(FILTER)[kind][split]["kept"]]
 
     @property
     def direction(self) -> np.ndarray:  # [D]
-        return self.workdir.read_tensors(DIRECTION)["direction"]
+        with self.workdir.reading(DIRECTION):
+            return self.workdir.read_tensors(DIRECTION)["direction"]
 
     def selection(self) -> Selection:
-        choice = self.workdir.read_json(CHOICE)
-        table = [Candidate(**row) for row in self.workdir.read_jsonl(CANDIDATES)]
-        return Selection(
-            choice["position"], choice["layer"], self.direction, table, choice["fallback"]
-        )
+        with self.workdir.reading(CANDIDATES):
+            table = [Candidate(**row) for row in self.workdir.read_jsonl(CANDIDATES)]
+        with self.workdir.reading(CHOICE):
+            choice = self.workdir.read_json(CHOICE)
+            place = choice["position"], choice["layer"]
+            if place not in [(c.position, c.layer) for c in table]:
+                raise ValueError(f"{CANDIDATES} has no position and layer {place}")
+            return Selection(*place, self.direction, table, bool(choice["fallback"]))
 
     def completions(self) -> dict[str, list[dict[str, Any]]]:
         """Condition -> its rows, one for each prompt."""
@@ -184,9 +197,18 @@ class Study:
     def verdicts(self, judge: str) -> dict[str, list[Verdict]]:
         """Condition -> the judge's verdict on each of its replies."""
         found: dict[str, list[Verdict]] = {c.name: [] for c in CONDITIONS}
-        for row in self.workdir.read_jsonl(judgements_file(judge)):
-            found[row["condition"]].append(row["verdict"])
+        with self.workdir.reading(judgements_file(judge)):
+            for row in self.workdir.read_jsonl(judgements_file(judge)):
+                found[row["condition"]].append(row["verdict"])
         return found
+
+    def metrics(self) -> dict[str, Any]:
+        with self.workdir.reading(METRICS):
+            metrics = self.workdir.read_json(METRICS)
+            closing_table(metrics)  # can be made of it
+            if not all(isinstance(metrics[name], int) for name in ("position", "layer")):
+                raise TypeError("a position or layer that is no number")
+            return metrics
 
 
 def open_study(
@@ -230,7 +252,19 @@ def read_run(root: str) -> tuple[Workdir, configs.RunConfig]:
         for name, value in workdir.manifest["identity"].items()
         if name.startswith("config.")
     }
-    return workdir, configs.from_identity(fields)
+    strange = sorted(fields.keys() - configs.flatten(configs.RunConfig()).keys())
+    if strange:
+        raise WorkdirError(
+            f"{workdir.root / MANIFEST} is not of a study: launch.run has no {strange[:5]}"
+            f"{'...' * (len(strange) > 5)}. Name the workdir of a launch.run."
+        )
+    try:
+        return workdir, configs.validate(configs.from_identity(fields))
+    except configs.ConfigError as error:
+        raise WorkdirError(
+            f"{workdir.root / MANIFEST} is damaged. {error} Put back a copy of it, or run "
+            "launch.run in another --workdir."
+        ) from error
 
 
 def resume_study(

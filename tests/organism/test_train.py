@@ -21,7 +21,7 @@ from jax_refusal.organism.config import (
     TrainConfig,
 )
 from jax_refusal.organism.loss import ABLATED, PLAIN, Mediator, TrainBatch
-from jax_refusal.run.workdir import WorkdirError
+from jax_refusal.run.workdir import Workdir, WorkdirError
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.pairs import pack_pairs, paired_stream
 from jax_refusal.sites import Capture
@@ -80,6 +80,14 @@ def test_the_loss_falls_and_a_killed_run_goes_on_exactly(
     assert again == [f"{tmp_path / 'part'} is complete: nothing to do."]
     with pytest.raises(WorkdirError, match="learning_rate"):
         train.train(config(tiny_dir, published, learning_rate=1.0), str(tmp_path / "part"))
+
+
+def test_a_training_has_its_workdir_to_itself(tiny_dir: Path, published: Path, tmp_path: Path):
+    with (
+        Workdir(tmp_path / "run", {}).lock(),
+        pytest.raises(WorkdirError, match="in use by another run"),
+    ):
+        train.train(config(tiny_dir, published), str(tmp_path / "run"))
 
 
 def test_rows_of_one_batch_are_run_with_their_own_edits(model: Transformer) -> None:

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_refusal.run import study
+from jax_refusal.run.partial import PartialResults
 from jax_refusal.run.side_by_side import side_by_side
-from jax_refusal.run.workdir import PartialResults, WorkdirError
+from jax_refusal.run.workdir import WorkdirError
 from jax_refusal.runtime.generate import generate
 from jax_refusal.study.selection import SelectionError
 from tests import runs, tiny
@@ -188,12 +189,21 @@ def test_replies_under_another_edit_are_not_taken(
     assert asked == [len(COMPLETIONS) * SMALL["data.n_test"]]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])
-def test_kept_replies_that_are_damaged_are_made_again(
-    content: bytes, half_answered: Path, finished: Path, tiny_dir: Path
+DAMAGED = [b"", b"{", b"[]", b"{}", b"null", b"\xff", b"[" * 100_000]
+ITEMS = [[], "a", {"a": []}, {"0": "a"}, {"0": 5}, {"0": [1.5]}, {"0": [True]}, {"0": [-1]}]
+ITEMS += [{"0": [10**9]}, {"0": [1] * 9}, {"0": None}, None, {"9" * 5000: []}]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED, *ITEMS], ids=lambda damage: str(damage)[:20])
+def test_kept_replies_that_are_damaged_are_made_again_and_it_is_said(
+    damage, half_answered: Path, finished: Path, tiny_dir: Path
 ):
-    (half_answered / PARTIAL).write_bytes(content)
-    run(small(tiny_dir), half_answered)
+    path = half_answered / PARTIAL
+    of = json.loads(path.read_bytes())["of"]
+    content = damage if isinstance(damage, bytes) else json.dumps({"of": of, "items": damage})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    log = run(small(tiny_dir), half_answered)
+    assert f"{PARTIAL} is damaged: what it held is made again" in log
     assert results(half_answered) == results(finished)
 
 
