@@ -91,6 +91,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
 }
 
+# How the weights lie in their files, which checkpoints.quantised reads or refuses.
+QUANTISATION = frozenset({"quantization_config", "compression_config"})
+
 FAMILIES: dict[str, Family] = {}
 WRAPPERS: dict[str, Wrapper] = {}
 REFUSED: dict[str, str] = {}  # known and not computed: `model_type` -> why
@@ -168,5 +171,5 @@ def _unknown(config: Config, known: frozenset[str] | set[str]) -> list[str]:
     return [
         f"unknown field {field}={config[field]!r} (if it does not change the forward pass, "
         f"name it in model.ignore_config_fields)"
-        for field in sorted(set(config) - known)
+        for field in sorted(set(config) - known - QUANTISATION)
     ]

@@ -20,6 +20,7 @@ from jax_refusal.api import logits
 from jax_refusal.checkpoints import export, gguf, lora, orbax
 from jax_refusal.checkpoints.export import ExportError
 from jax_refusal.checkpoints.loading import load_model, read_checkpoint
+from jax_refusal.checkpoints.quantised import registry as quantised
 from jax_refusal.checkpoints.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.data.chat import ChatError, load_chat
 from jax_refusal.data.prompts import builtin
@@ -182,7 +183,7 @@ def _origin(request: Request) -> Origin:
     packed = bool(original.get("quantization_config"))  # as MXFP4, beside bfloat16
     dtype = request.dtype or ("bfloat16" if packed or stored == "bfloat16" else "float32")
     facts |= {"source": source.name, "fingerprint": found, "dtype": dtype, "family": arch.family}
-    facts |= {"packed": packed}
+    facts |= {"packed": quantised.label(original, ignore)}
     if adapter:
         facts |= {"adapter": adapter, "adapter_fingerprint": lora.fingerprint(adapter)}
     direction = None
