@@ -109,13 +109,14 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
 # Whole models
 
 
-def quantise(source: Path, folder: Path, config: Mapping[str, Any], make: Maker) -> dict[str, Any]:
-    """Writes the checkpoint with other projections, quantised; returns all tensors as numbers."""
-    folder.mkdir(exist_ok=True)
-    for file in source.glob("*.json"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    said = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": config}))
+Tensors = dict[str, np.ndarray]
+
+
+def quantise(
+    source: Path, folder: Path, config: Mapping[str, Any], make: Maker
+) -> tuple[Tensors, Tensors]:
+    """Writes the checkpoint with other projections, quantised; returns all of its tensors, as they
+    lie in the file and as numbers."""
     numbers = load_file(source / "model.safetensors")
     stored, random = {}, np.random.default_rng(0)
     for name, values in numbers.items():
@@ -125,26 +126,28 @@ def quantise(source: Path, folder: Path, config: Mapping[str, Any], make: Maker)
             continue
         parts, numbers[name] = make(random, *values.shape)
         stored |= {f"{match[1]}.{part}": part_values for part, part_values in parts.items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    return numbers
+    plain(source, folder, stored)
+    said = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": config}))
+    return stored, numbers
 
 
-def plain(source: Path, folder: Path, numbers: Mapping[str, np.ndarray]) -> Path:
+def plain(source: Path, folder: Path, numbers: Tensors) -> Path:
     folder.mkdir(exist_ok=True)
     for file in source.glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
-    save_file(dict(numbers), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(numbers, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH)
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", [{}, {"architecture": "qwen3_moe", "moe_intermediate_size": 32}])
 def test_a_model_is_that_of_its_numbers(
-    family: str, case: str, checkpoint: Checkpoint, tmp_path: Path
+    family: dict[str, Any], case: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """Every leaf, on one device and on four; experts too, and what is not quantised."""
-    source = separate_experts(checkpoint(architecture=family), tmp_path / "source")
-    numbers = quantise(source, tmp_path / "quantised", *CASES[case])
+    source = separate_experts(checkpoint(**family), tmp_path / "source")
+    _, numbers = quantise(source, tmp_path / "quantised", *CASES[case])
     wanted = jr.load_model(str(plain(source, tmp_path / "plain", numbers))).leaves()
     for mesh in (jr.make_mesh(1, 1), jr.make_mesh(1, 4)):
         found = jr.load_model(str(tmp_path / "quantised"), mesh=mesh).leaves()
@@ -177,7 +180,7 @@ def test_logits_are_those_of_transformers(case: str, tiny_dir: Path, tmp_path: P
     from tests.models.test_families import hf_everything, random_ids
     from tests.tolerances import PARITY, assert_close
 
-    numbers = quantise(tiny_dir, tmp_path / "quantised", *CASES[case])
+    _, numbers = quantise(tiny_dir, tmp_path / "quantised", *CASES[case])
     model = jr.load_model(str(tmp_path / "quantised"))
     ids = random_ids(model.arch.vocab)
     theirs, _ = hf_everything(tiny.hf_model(plain(tiny_dir, tmp_path / "plain", numbers)), ids)
@@ -186,7 +189,7 @@ def test_logits_are_those_of_transformers(case: str, tiny_dir: Path, tmp_path: P
 
 def test_a_model_leaves_as_numbers(tiny_dir: Path, tmp_path: Path) -> None:
     """launch.convert writes plain weights, and says what they were."""
-    numbers = quantise(tiny_dir, tmp_path / "quantised", *CASES["awq"])
+    _, numbers = quantise(tiny_dir, tmp_path / "quantised", *CASES["awq"])
     request = conversion.Request(
         source=str(tmp_path / "quantised"), to="hf", out=str(tmp_path / "out"), dtype="float32"
     )
