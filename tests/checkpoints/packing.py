@@ -97,7 +97,9 @@ def awq(group: int = 32) -> Maker:
     return make
 
 
-def gptq(bits: int = 4, group: int = 32, v2: bool = False, order: str = "", dtype: Any = F16) -> Maker:
+def gptq(
+    bits: int = 4, group: int = 32, v2: bool = False, order: str = "", dtype: Any = F16
+) -> Maker:
     """order: of g_idx; "" for none, "blocks", or "shuffled"."""
 
     def make(random: Random, O: int, I: int) -> Quantised:
@@ -227,7 +229,12 @@ def of_compressed(form: str, *weights: dict[str, Any]) -> dict[str, Any]:
         f"group_{i}": {
             "targets": ["Linear"],
             "weights": {"dynamic": False, "observer": "minmax", "symmetric": True, **each},
-            "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "strategy": "token",
+                "dynamic": True,
+            },
             "output_activations": None,
         }
         for i, each in enumerate(weights)
@@ -254,8 +261,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
 
 SEVERAL = of_compressed("mixed-precision", {**FLOAT, "strategy": "channel"}, _int(4, **GROUP))
-for _group, _format in zip(("group_0", "group_1"), ("float-quantized", "pack-quantized"), strict=True):
-    SEVERAL["config_groups"][_group]["format"] = _format
+SEVERAL["config_groups"]["group_0"]["format"] = "float-quantized"
+SEVERAL["config_groups"]["group_1"]["format"] = "pack-quantized"
 
 # What lies in `quantization_config`, and how the weights are made.
 CASES: dict[str, tuple[dict[str, Any], Maker]] = {
@@ -312,7 +319,9 @@ CASES: dict[str, tuple[dict[str, Any], Maker]] = {
         compressed_floats((1, -1)),
     ),
     "compressed floats in blocks": (
-        of_compressed("float-quantized", {**FLOAT, "strategy": "block", "block_structure": "32x48"}),
+        of_compressed(
+            "float-quantized", {**FLOAT, "strategy": "block", "block_structure": "32x48"}
+        ),
         compressed_floats((32, 48)),
     ),
     "compressed, several ways": (SEVERAL, compressed()),

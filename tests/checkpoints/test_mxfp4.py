@@ -227,7 +227,10 @@ def change(tensors: dict[str, np.ndarray], what: str) -> None:
         ("no scales", r"1.mlp.experts.down_proj: lacks its _scales"),
         ("no blocks", r"1.mlp.experts.down_proj: lacks its _blocks"),
         ("neither", r"missing \S+1.mlp.experts.down_proj \(6, 32, 64\)"),
-        ("half a block", r"down_proj: its _blocks have shape \(6, 64, 1, 8\) and its _scales \(6, 64, 1\)"),
+        (
+            "half a block",
+            r"down_proj: its _blocks have shape \(6, 64, 1, 8\) and its _scales \(6, 64, 1\)",
+        ),
         ("fewer outputs", r"down_proj has shape \(6, 32, 63\), not \(6, 32, 64\)"),
         ("twice", r"down_proj is there twice"),
         ("as floats", r"down_proj_blocks in \S+ is stored as F32; supported are \['U8'\]"),

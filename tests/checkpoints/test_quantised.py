@@ -14,11 +14,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_refusal as jr
+from jax_refusal.checkpoints import hf
 from jax_refusal.checkpoints.quantised.formats import Format
 from jax_refusal.checkpoints.quantised.registry import quantisation
 from jax_refusal.checkpoints.tensors import Tensor, read_safetensors
 from jax_refusal.run import convert as conversion
-from tests.checkpoints.packing import CASES, Maker
+from tests.checkpoints.packing import CASES, Maker, fp8, gptq
 
 Checkpoint = Callable[..., Path]
 QUANTISED = re.compile(r"(model\.layers\.\d+\.(?:self_attn|mlp).*_proj)\.weight")
@@ -76,12 +77,8 @@ def test_what_is_read_in_chunks_is_the_same(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zeros_of_gptq_that_borrow_from_the_next(bits: int, tmp_path: Path) -> None:
     """A zero of 0 is stored less one as whole words are, by GPTQModel: all zeros can be stored."""
-    config, make = CASES["gptq, version 2"]
-    if bits == 8:
-        from tests.checkpoints.packing import gptq
-
-        make = gptq(8, v2=True)
-    parts, weight = make(np.random.default_rng(2), 64, 96)
+    config, _ = CASES["gptq, version 2"]
+    parts, weight = gptq(bits, v2=True)(np.random.default_rng(2), 64, 96)
     words = parts["qzeros"].view(np.uint32)
     parts["qzeros"] = (words - np.uint32(0x11111111 if bits == 4 else 0x01010101)).view(np.int32)
     form = format_of({**config, "bits": bits, "checkpoint_format": "gptq"})
@@ -185,6 +182,25 @@ def test_logits_are_those_of_transformers(case: str, tiny_dir: Path, tmp_path: P
     ids = random_ids(model.arch.vocab)
     theirs, _ = hf_everything(tiny.hf_model(plain(tiny_dir, tmp_path / "plain", numbers)), ids)
     assert_close(jr.logits(model, ids), theirs, PARITY)
+
+
+def test_floats_of_8_bits_are_those_of_transformers(tiny_dir: Path, tmp_path: Path) -> None:
+    """Read and dequantised by its own code."""
+    torch = pytest.importorskip("torch", reason="Hugging Face's model needs PyTorch")
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    block = (32, 64)  # transformers knows no blocks that are cut off
+    config = {"quant_method": "fp8", "weight_block_size": list(block), "ignored_layers": []}
+    _, numbers = quantise(tiny_dir, tmp_path, config, fp8(block))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(tmp_path),
+        dtype=torch.float32,
+        quantization_config=FineGrainedFP8Config(weight_block_size=block, dequantize=True),
+    ).state_dict()
+    found = dict(hf.to_hugging_face(jr.load_model(str(tmp_path))))
+    assert set(found) == set(theirs) == set(numbers)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, theirs[name].numpy(), err_msg=name)
 
 
 def test_a_model_leaves_as_numbers(tiny_dir: Path, tmp_path: Path) -> None:

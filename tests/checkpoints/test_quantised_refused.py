@@ -1,4 +1,4 @@
-"""What of quantised checkpoints is refused: by the config at once, and by tensors that do not fit."""
+"""Quantised checkpoints that are refused: by the config at once, or by tensors that do not fit."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ AWQ, GPTQ, BNB = (CASES[case][0] for case in ("awq", "gptq", "bitsandbytes nf4")
 CONFIGS: dict[str, tuple[Any, list[str]]] = {
     **{
         method: ({"quant_method": method, "bits": 4}, [f"quant_method='{method}'", "'gptq'"])
-        for method in """hqq aqlm quip exl2 torchao fbgemm_fp8 quanto spqr vptq higgs eetq quark bitnet
+        for method in """hqq aqlm exl2 torchao fbgemm_fp8 quanto spqr vptq higgs eetq quark bitnet
         nvfp4 auto-round modelopt marlin gguf""".split()
     },
     "no method": ({"bits": 4}, ["quant_method=None"]),
@@ -60,7 +60,10 @@ CONFIGS: dict[str, tuple[Any, list[str]]] = {
     "fp8 of no block": ({"quant_method": "fp8", "weight_block_size": [128]}, ["[128]"]),
     "packed experts": ({"quant_method": "fp8", "expert_dtype": "fp4"}, ["expert_dtype='fp4'"]),
     "compressed, sparse": (
-        {**of_compressed("pack-quantized", INT4), "sparsity_config": {"format": "sparse-24-bitmask"}},
+        {
+            **of_compressed("pack-quantized", INT4),
+            "sparsity_config": {"format": "sparse-24-bitmask"},
+        },
         ["sparsity_config="],
     ),
     "compressed, rotated": (
@@ -96,7 +99,9 @@ CONFIGS: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_not_read_is_refused_by_the_config(name: str, tiny_dir: Path, tmp_path: Path) -> None:
+def test_what_is_not_read_is_refused_by_the_config(
+    name: str, tiny_dir: Path, tmp_path: Path
+) -> None:
     """There is no file of weights to look into."""
     given, words = CONFIGS[name]
     config = json.loads((tiny_dir / "config.json").read_text())
@@ -191,7 +196,11 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         cut("qweight", (slice(None), slice(1, None))),
         r"its .qzeros has shape \(2, 16\), not \(2, 15\) and its .scales",
     ),
-    "awq, twice": ("awq", put("weight", np.zeros((128, 64), "f4")), "up_proj.weight is there twice"),
+    "awq, twice": (
+        "awq",
+        put("weight", np.zeros((128, 64), "f4")),
+        "up_proj.weight is there twice",
+    ),
     "awq, no number": ("awq", set_first("scales", np.nan), r"not finite .*\['\S+2.mlp.up_proj"),
     "awq, infinite": ("awq", set_first("scales", np.inf), r"not finite .*\['\S+2.mlp.up_proj"),
     "awq, floats for codes": ("awq", to("qweight", "f4"), r"qweight in \S+ is stored as F32"),
@@ -219,7 +228,11 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         cut("weight_scale_inv", slice(2)),
         r"scales of shape \(2, 2\), not one of \[\(4, 2\)\] \(weight_block_size=\(32, 48\)\)",
     ),
-    "fp8, a scale of a plain weight": ("fp8 blocks", to("weight", "f4"), "is stored as F32, not as"),
+    "fp8, a scale of a plain weight": (
+        "fp8 blocks",
+        to("weight", "f4"),
+        "is stored as F32, not as",
+    ),
     "fp8, no codes": ("fp8 blocks", without("weight"), "up_proj.weight: lacks its"),
     "compressed, no scales": (PACKED, without("weight_scale"), "lacks its .weight_scale"),
     "compressed, no shape": (PACKED, without("weight_shape"), "lacks its .weight_shape"),
@@ -267,7 +280,11 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         put(STATE, np.frombuffer(b"[" * 4000, np.uint8)),
         "which cannot be",
     ),
-    "bitsandbytes, a long state": (NF4, put(STATE, np.zeros(5000, np.uint8)), "quant_state has shape"),
+    "bitsandbytes, a long state": (
+        NF4,
+        put(STATE, np.zeros(5000, np.uint8)),
+        "quant_state has shape",
+    ),
     "bitsandbytes, another shape": (
         NF4,
         put(
@@ -319,17 +336,13 @@ def changed(source: tuple[Path, Tensors], folder: Path, change: Callable[[Tensor
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_parts_that_do_not_fit_are_named(
-    name: str, quantised: Quantised, tmp_path: Path
-) -> None:
+def test_parts_that_do_not_fit_are_named(name: str, quantised: Quantised, tmp_path: Path) -> None:
     case, change, words = BROKEN[name]
     with pytest.raises(ConversionError, match=words):
         jr.load_model(changed(quantised(case), tmp_path, change))
 
 
-def test_all_weights_that_do_not_fit_are_named(
-    quantised: Quantised, tmp_path: Path
-) -> None:
+def test_all_weights_that_do_not_fit_are_named(quantised: Quantised, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
         for name in list(tensors):
             if name.endswith(".scales"):

@@ -1,8 +1,8 @@
 """bitsandbytes: integers of 8 bits with a scale for each output, or 4-bit codes of a table.
 
-Letters: O outputs, I inputs, N numbers of a weight. Of 8 bits, a weight [O, I] is weight * SCB / 127.
-Of 4 bits, all N numbers follow each other, two in a byte, the first in its high half; `absmax`
-scales each block of them, and may be stored as codes of 8 bits itself ("double quantisation").
+Letters: O outputs, I inputs, N numbers of a weight. Of 8 bits, a weight [O, I] is its codes times
+SCB / 127. Of 4 bits, all N numbers follow each other, two in a byte, the first in its high half;
+`absmax` scales each block of them, and may be codes of 8 bits itself ("double quantisation").
 """
 
 import dataclasses
@@ -36,10 +36,13 @@ STATES = {kind: f".weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", 
 DTYPES = {
     ".weight": {*FLOATS, "U8", "I8"},
     ".weight.absmax": {"F32", "U8"},
+    ".weight.quant_map": {"F32"},
+    ".weight.nested_absmax": {"F32"},
+    ".weight.nested_quant_map": {"F32"},
     ".SCB": {"F32"},
     ".weight_format": {"U8"},
-} | dict.fromkeys(STATES.values(), {"U8"})
-DTYPES |= dict.fromkeys([f".weight.{n}" for n in ("quant_map", "nested_absmax", "nested_quant_map")], {"F32"})
+    **{name: {"U8"} for name in STATES.values()},
+}
 STATE_BYTES = 4096  # of JSON, at most
 LARGEST_BLOCK = 4096
 OUT = {

@@ -140,8 +140,9 @@ def scaled(
         of_columns, done = scale_of[as_slice(columns)], 0
         for part in chunks(rows, len(columns)):
             of_rows = np.arange(part.start, part.stop, part.step) // block[0]
-            values = codes[as_slice(part), slices[1]].astype(np.float32)
-            with np.errstate(over="ignore", invalid="ignore"):  # the loader names what is not finite
+            values = _floats(codes[as_slice(part), slices[1]])
+            # The loader names what is not finite.
+            with np.errstate(over="ignore", invalid="ignore"):
                 values -= zeros if isinstance(zeros, int) else _spread(zeros, of_rows, of_columns)
                 values *= _spread(scales, of_rows, of_columns)
                 found[done : done + len(part)] = values
@@ -149,6 +150,14 @@ def scaled(
         return found
 
     return Tensor((O, I), read)
+
+
+def _floats(codes: np.ndarray) -> np.ndarray:
+    """In float32, rows one after the other."""
+    if codes.dtype.kind in "iu":
+        return codes.astype(np.float32, order="C")
+    table = np.arange(256, dtype=np.uint8).view(codes.dtype).astype(np.float32)  # of 8 bits
+    return np.take(table, codes.view(np.uint8))
 
 
 def _spread(values: Tensor, of_rows: np.ndarray, of_columns: np.ndarray) -> np.ndarray:
@@ -169,9 +178,7 @@ def _taken(values: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
     return np.take(values, index, axis)
 
 
-def scale_grid(
-    scales: Tensor, shape: tuple[int, int], block: tuple[int, int]
-) -> Tensor | None:
+def scale_grid(scales: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor | None:
     """The scales as [blocks of O, blocks of I], or None where they are of another shape.
 
     One scale may have no dimensions or several of size 1; one an output may be [O].

@@ -22,7 +22,7 @@ from jax_refusal.checkpoints.quantised.codes import (
     unpacked,
     whole,
 )
-from jax_refusal.checkpoints.quantised.config import Fields, refuse
+from jax_refusal.checkpoints.quantised.config import Fields, is_block, refuse
 from jax_refusal.checkpoints.quantised.formats import Format, Parts
 from jax_refusal.checkpoints.tensors import FLOATS, Tensor
 
@@ -118,13 +118,13 @@ def _block(weights: Fields) -> tuple[int, int]:
         return 1, weights.size("group_size", default=0)
     if strategy != "block":
         return (-1, -1) if strategy == "tensor" else (1, -1)
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", structure) if isinstance(structure, str) else None
-    sizes = [int(size) for size in match.groups()] if match else structure
-    good = isinstance(sizes, list) and len(sizes) == 2
-    if not (good and all(type(size) is int and size > 0 for size in sizes)):
+    if isinstance(structure, str) and re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", structure):
+        structure = [int(size) for size in structure.split("x")]
+    if not is_block(structure):
         weights.wrong(("block_structure",), structure, "supported: two whole numbers above 0")
         return 1, 1
-    return sizes[0], sizes[1]
+    rows, columns = structure
+    return rows, columns
 
 
 def _build(schemes: list[Scheme], parts: Parts) -> Tensor:
@@ -139,30 +139,27 @@ def _build(schemes: list[Scheme], parts: Parts) -> Tensor:
 
 
 def _by(scheme: Scheme, parts: Parts) -> Tensor:
-    lowest = -(2 ** (scheme.bits - 1))
-    stored, zero = parts.need(".weight_packed" if scheme.packed else ".weight", ".weight_scale")[0], 0
+    codes, _ = parts.need(".weight_packed" if scheme.packed else ".weight", ".weight_scale")
+    if not scheme.symmetric:
+        parts.need(".weight_zero_point")
     if ".weight" in parts and ".weight_packed" in parts:
         raise ValueError("is there twice, packed and not")
     O, I = shape = _shape(scheme, parts)
     if scheme.packed:
         parts.fit({".weight_packed": (O, blocks(I * scheme.bits, WORD))})
-        codes = unpacked(stored, scheme.bits, 1, I, offset=lowest)
-    elif stored.dtype != STORED[scheme.kind]:
-        raise ValueError(f"its codes are stored as {stored.dtype}, not as {STORED[scheme.kind]}")
-    else:
-        codes = stored
-    block = tuple(
-        size if each == -1 else each for each, size in zip(scheme.block, shape, strict=True)
-    )
+        codes = unpacked(codes, scheme.bits, 1, I, offset=-(2 ** (scheme.bits - 1)))
+    elif codes.dtype != STORED[scheme.kind]:
+        raise ValueError(f"its codes are stored as {codes.dtype}, not as {STORED[scheme.kind]}")
+    rows, columns = scheme.block
+    block = (O if rows == -1 else rows, I if columns == -1 else columns)
     scales = scale_grid(parts[".weight_scale"], shape, block)
     if scales is None:
         wanted = tuple(map(blocks, shape, block))
         raise ValueError(f"its scales have shape {parts['.weight_scale'].shape}, not {wanted}")
-    if not scheme.symmetric:
-        parts.need(".weight_zero_point")
+    zeros = 0
     if ".weight_zero_point" in parts:
-        zero = _zeros(scheme, parts[".weight_zero_point"], scales, shape, block)
-    return scaled(codes, scales, block, zeros=zero, groups=_groups(parts, I, block[1]))
+        zeros = _zeros(scheme, parts[".weight_zero_point"], scales, shape, block)
+    return scaled(codes, scales, block, zeros=zeros, groups=_groups(parts, I, block[1]))
 
 
 def _shape(scheme: Scheme, parts: Parts) -> tuple[int, int]:
@@ -184,7 +181,7 @@ def _zeros(
 ) -> Tensor:
     """As the scales lie: packed, in words as the codes are, or as they are."""
     O, G = scales.shape
-    if zeros.dtype == "I32" and scheme.packed and O == shape[0]:
+    if zeros.dtype == "I32" and scheme.packed and shape[0] == O:
         wanted = (blocks(O * scheme.bits, WORD), G)
         if zeros.shape != wanted:
             raise ValueError(f"its packed zeros have shape {zeros.shape}, not {wanted}")

@@ -16,7 +16,11 @@ WHAT_TO_DO = (
     "it and save it as safetensors in bfloat16."
 )
 # Where it holds, which the tensors say themselves; and what a program may do on its own.
-NO_EFFECT = "quant_method modules_to_not_convert modules_to_convert ignored_layers ignore dequantize"
+NO_EFFECT = frozenset(
+    """
+    quant_method modules_to_not_convert modules_to_convert ignored_layers ignore dequantize
+    """.split()
+)
 
 
 class Fields:
@@ -27,7 +31,7 @@ class Fields:
         self.vouched = vouched  # fields that the user vouched for
         self.where = where  # in the config, "group_0.weights." say
         self.problems: list[str] = []
-        self.known = set(NO_EFFECT.split())
+        self.known = set(NO_EFFECT)
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The field, under the first of its names that is given."""
@@ -38,7 +42,7 @@ class Fields:
         """A field with few values that are computed."""
         value = self.get(*names, default=default)
         plain = value.lower() if isinstance(value, str) else value
-        if isinstance(plain, (dict, list)) or (type(plain), plain) not in [(type(v), v) for v in of]:
+        if not any(type(plain) is type(each) and plain == each for each in of):  # True is not 1
             self.wrong(names, value, f"supported: {list(of)}")
         return plain
 
@@ -83,6 +87,12 @@ def refuse(label: str, problems: list[str]) -> None:
     """UnsupportedModel where there are any."""
     if problems:
         raise UnsupportedModel(f"{label} as here is not read: {listed(problems)}. {WHAT_TO_DO}")
+
+
+def is_block(value: Any) -> bool:
+    """Whether it is outputs and inputs that share a scale."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return pair and all(type(size) is int and size > 0 for size in value)
 
 
 def short(value: Any) -> str:

@@ -19,7 +19,7 @@ from jax_refusal.checkpoints.quantised.codes import (
     scaled,
     stacked,
 )
-from jax_refusal.checkpoints.quantised.config import Fields, refuse
+from jax_refusal.checkpoints.quantised.config import Fields, is_block, refuse
 from jax_refusal.checkpoints.quantised.formats import Format, Parts
 from jax_refusal.checkpoints.tensors import FLOATS, Tensor
 
@@ -27,7 +27,8 @@ CODES = {"F8_E4M3", "F8_E5M2"}
 EXPONENTS = {"U8", "F8_E8M0"}  # of 2, from -127 on
 BLOCK = (128, 128)  # where the config says nothing
 PART = re.compile(r"(.*\.(?:weight|experts\.\w+?))(|_scale_inv|_scale)")
-DTYPES = {"": FLOATS | CODES} | dict.fromkeys(("_scale_inv", "_scale"), {*SCALES, *EXPONENTS})
+SCALE = frozenset({*SCALES, *EXPONENTS})
+DTYPES = {"": FLOATS | CODES, "_scale_inv": SCALE, "_scale": SCALE}
 EXACT = np.dtype(np.float32)  # as transformers multiplies, whatever the scales are stored as
 
 
@@ -38,7 +39,7 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
     fields.one_of("expert_dtype", of=("fp8",), default="fp8")
     fields.without_effect("activation_scheme kv_cache_scheme weight_block_size")
     block = given.get("weight_block_size", BLOCK)
-    if not (block is None or _is_block(block)):
+    if not (block is None or is_block(block)):
         fields.wrong(("weight_block_size",), block, "supported: two whole numbers above 0")
     refuse("FP8", fields.finish())
     # A config from before there were blocks says nothing of them.
@@ -50,14 +51,6 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
         dtypes=DTYPES,
         build=partial(_build, sizes or [None]),
         plain="",
-    )
-
-
-def _is_block(block: Any) -> bool:
-    return (
-        isinstance(block, list | tuple)
-        and len(block) == 2
-        and all(type(size) is int and size > 0 for size in block)
     )
 
 

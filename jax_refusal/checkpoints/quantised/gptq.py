@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-
 from jax_refusal.checkpoints.quantised.codes import (
     SCALES,
     WORD,
