@@ -49,7 +49,8 @@ def read_safetensors(
             if dtype not in allowed(name):
                 raise ConversionError(
                     f"{name} in {path.name} is stored as {dtype}; supported are "
-                    f"{sorted(allowed(name))}. Quantised weights have to be dequantised first."
+                    f"{sorted(allowed(name))}. Quantised weights have to be dequantised first, "
+                    "unless a quantization_config in config.json says how they lie."
                 )
             read = partial(opened.read, path, name)
             if dtype in FLOATS_8:

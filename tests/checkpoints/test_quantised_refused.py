@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jax_refusal as jr
+from jax_refusal.checkpoints import hf
 from jax_refusal.checkpoints.quantised.registry import quantisation
 from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.models.spec import UnsupportedModel
@@ -112,6 +113,14 @@ def test_what_is_not_read_is_refused_by_the_config(
         assert word in str(error.value)
 
 
+def test_a_group_that_is_larger_than_all(tiny_dir: Path, tmp_path: Path) -> None:
+    """Is all: one scale an output."""
+    config, make = CASES["gptq a channel"]
+    _, numbers = quantise(tiny_dir, tmp_path, {**config, "group_size": 10**30}, make)
+    found = dict(hf.to_hugging_face(jr.load_model(str(tmp_path))))
+    np.testing.assert_array_equal(found[UP + "weight"], numbers[UP + "weight"])
+
+
 def test_a_field_that_the_user_vouches_for() -> None:
     config = {"model_type": "llama", "quantization_config": {**GPTQ, "twist": 1}}
     assert quantisation(config, ("quantization_config.twist",)) is not None
@@ -205,6 +214,12 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     "awq, infinite": ("awq", set_first("scales", np.inf), r"not finite .*\['\S+2.mlp.up_proj"),
     "awq, floats for codes": ("awq", to("qweight", "f4"), r"qweight in \S+ is stored as F32"),
     "awq, one dimension": ("awq", cut("qweight", 0), r"its .qweight has shape \(16,\)"),
+    "awq, nothing": ("awq", put("qweight", np.zeros((0, 16), "i4")), r"has shape \(0, 16\)"),
+    "gptq, nothing": (
+        "gptq a channel",
+        put("qweight", np.zeros((0, 128), "i4")),
+        r"shape \(0, 128\)",
+    ),
     "gptq, another group size": (
         "gptq",
         cut("qzeros", slice(1)),
@@ -218,6 +233,11 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
     ),
     "gptq, short order": ("gptq by activation", cut("g_idx", slice(60)), r"its .g_idx has shape"),
     "fp8, no scale": ("fp8 blocks", without("weight_scale_inv"), "has 0 of _scale_inv and _scale"),
+    "fp8, nothing": (
+        "fp8 a tensor",
+        put("weight", np.zeros((0, 64), ml_dtypes.float8_e4m3fn)),
+        r"has shape \(0, 64\)",
+    ),
     "fp8, two scales": (
         "fp8 blocks",
         put("weight_scale", np.ones((), "f4")),
@@ -298,6 +318,14 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], None], str]] = {
         put(
             STATE,
             np.frombuffer(b'{"shape": [128, 64], "blocksize": 0, "dtype": "float16"}', np.uint8),
+        ),
+        "which cannot be",
+    ),
+    "bitsandbytes, a large block": (
+        NF4,
+        put(
+            STATE,
+            np.frombuffer(b'{"shape": [128, 64], "blocksize": 1e30, "dtype": "float16"}', np.uint8),
         ),
         "which cannot be",
     ),
@@ -392,5 +420,5 @@ def test_quantised_tensors_without_a_config_are_refused(
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(ConversionError, match=r"is stored as I32.*dequantised first"):
+    with pytest.raises(ConversionError, match=r"is stored as I32.*unless a quantization_config"):
         jr.load_model(str(tmp_path))

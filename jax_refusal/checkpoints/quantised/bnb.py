@@ -80,7 +80,7 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
 
 def _of_8_bits(parts: Parts) -> Tensor:
     codes, scales = parts.need(".weight", ".SCB")
-    if codes.dtype != "I8" or len(codes.shape) != 2:
+    if codes.dtype != "I8" or len(codes.shape) != 2 or min(codes.shape) < 1:
         raise ValueError(f"is {codes.dtype} of shape {codes.shape}, not I8 [outputs, inputs]")
     O, I = codes.shape
     parts.fit({".SCB": (O,)})
@@ -184,7 +184,7 @@ def _state(tensor: Tensor) -> State:
         offset, dtype = said.get("nested_offset", 0.0), OUT[said["dtype"]]
         sizes = [*shape, block, nested]
         good = len(shape) == 2 and all(type(size) is int and size > 0 for size in sizes)
-        if not (good and block <= LARGEST_BLOCK and math.isfinite(offset)):
+        if not (good and max(block, nested) <= LARGEST_BLOCK and math.isfinite(offset)):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"its quant_state says {text[:200]!r}, which cannot be") from None

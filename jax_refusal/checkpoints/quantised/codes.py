@@ -130,7 +130,8 @@ def scaled(
     """(codes - zeros) * scales, rounded once."""
     O, I = codes.shape
     rounded = SCALES[scales.dtype] if dtype is None else dtype
-    scale_of = np.arange(I) // block[1] if groups is None else groups
+    rows_each, columns_each = (min(pair) for pair in zip(block, (O, I), strict=True))
+    scale_of = np.arange(I) // columns_each if groups is None else groups
 
     def read(slices: tuple[slice, ...]) -> np.ndarray:
         rows, columns = ranges(slices, (O, I))
@@ -139,7 +140,7 @@ def scaled(
             return found
         of_columns, done = scale_of[as_slice(columns)], 0
         for part in chunks(rows, len(columns)):
-            of_rows = np.arange(part.start, part.stop, part.step) // block[0]
+            of_rows = np.arange(part.start, part.stop, part.step) // rows_each
             values = _floats(codes[as_slice(part), slices[1]])
             # The loader names what is not finite.
             with np.errstate(over="ignore", invalid="ignore"):
