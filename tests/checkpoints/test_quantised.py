@@ -25,6 +25,16 @@ Checkpoint = Callable[..., Path]
 QUANTISED = re.compile(r"(model\.layers\.\d+\.(?:self_attn|mlp).*_proj)\.weight")
 ONE_OF_EACH = ("fp8 blocks", "compressed 4 bits, zeros", "awq", "gptq", "bitsandbytes nf4")
 NAME = "model.layers.0.mlp.up_proj"
+STORED = {  # as a safetensors file calls numpy's dtypes
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+}
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
@@ -72,6 +82,29 @@ def test_what_is_read_in_chunks_is_the_same(
     monkeypatch.setattr("jax_refusal.checkpoints.quantised.codes.CHUNK", 200)  # 3 rows
     for slices in ((slice(0, 48), slice(0, 64)), (slice(1, 47, 2), slice(5, 64))):
         np.testing.assert_array_equal(found[slices].astype(np.float32), weight[slices])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_slice_reads_little_more_than_its_own(case: str) -> None:
+    """An eighth of the outputs is an eighth of the codes."""
+    config, make = CASES[case]
+    parts, _ = make(np.random.default_rng(3), 128, 96)
+    read: list[int] = []
+
+    def tensor(values: np.ndarray) -> Tensor:
+        def part(slices: tuple[slice, ...]) -> np.ndarray:
+            read.append(values[slices].nbytes)
+            return values[slices]
+
+        return Tensor(values.shape, part, STORED[values.dtype.name])
+
+    tensors = {f"{NAME}.{name}": tensor(values) for name, values in parts.items()}
+    found = format_of(config).dequantised(tensors)[f"{NAME}.weight"]
+    read.clear()
+    assert found[(slice(16, 32), slice(None))].shape == (16, 96)
+    codes = max(values.nbytes for values in parts.values())
+    others = sum(values.nbytes for values in parts.values()) - codes
+    assert sum(read) <= codes / 8 + others
 
 
 @pytest.mark.parametrize("bits", [4, 8])

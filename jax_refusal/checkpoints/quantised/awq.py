@@ -47,7 +47,7 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
 
 def _build(group: int, parts: Parts) -> Tensor:
     qweight, qzeros, scales = parts.need(*DTYPES)
-    if len(qweight.shape) != 2 or min(qweight.shape) < 1:
+    if len(qweight.shape) != 2:
         raise ValueError(f"its .qweight has shape {qweight.shape}, not [inputs, outputs / {EACH}]")
     I, words = qweight.shape
     size = I if group == -1 else group

@@ -80,7 +80,7 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
 
 def _of_8_bits(parts: Parts) -> Tensor:
     codes, scales = parts.need(".weight", ".SCB")
-    if codes.dtype != "I8" or len(codes.shape) != 2 or min(codes.shape) < 1:
+    if codes.dtype != "I8" or len(codes.shape) != 2:
         raise ValueError(f"is {codes.dtype} of shape {codes.shape}, not I8 [outputs, inputs]")
     O, I = codes.shape
     parts.fit({".SCB": (O,)})

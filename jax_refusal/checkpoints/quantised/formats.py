@@ -28,6 +28,12 @@ class Parts(dict[str, Tensor]):
             raise ValueError(f"lacks its {' and '.join(lacking)}, where its other parts are there")
         return [self[name] for name in names]
 
+    def with_numbers(self) -> "Parts":
+        """Itself; ValueError naming those that hold none."""
+        if empty := [name for name, part in self.items() if 0 in part.shape]:
+            raise ValueError(f"there are no numbers in its {' and '.join(empty)}")
+        return self
+
     def fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """ValueError naming those that have another shape."""
         wrong = [
@@ -80,7 +86,7 @@ class Format:
                 found[name] = plain
             else:
                 try:
-                    found[name] = self.build(parts)
+                    found[name] = self.build(parts.with_numbers())
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
         if problems:

@@ -64,8 +64,6 @@ def _build(
         raise ValueError(f"has {len(scales)} of _scale_inv and _scale, of which it needs one")
     if codes.dtype not in CODES:
         raise ValueError(f"has a scale and is stored as {codes.dtype}, not as {sorted(CODES)}")
-    if min(codes.shape, default=0) < 1:
-        raise ValueError(f"has shape {codes.shape}")
     if len(codes.shape) == 2:
         return _scaled(sizes, codes, scales[0])
     if len(codes.shape) != 3 or len(scales[0].shape) < 1 or scales[0].shape[0] != codes.shape[0]:

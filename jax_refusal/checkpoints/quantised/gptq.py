@@ -71,7 +71,7 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
 def _build(bits: int, group: int, less_one: bool, by_activation: bool, parts: Parts) -> Tensor:
     qweight, qzeros, scales = parts.need(".qweight", ".qzeros", ".scales")
     each = WORD // bits
-    if len(qweight.shape) != 2 or min(qweight.shape) < 1:
+    if len(qweight.shape) != 2:
         raise ValueError(f"its .qweight has shape {qweight.shape}, not [inputs / {each}, outputs]")
     I, O = qweight.shape[0] * each, qweight.shape[1]
     size = I if group == -1 else group
