@@ -119,7 +119,7 @@ def _block(weights: Fields) -> tuple[int, int]:
     if strategy != "block":
         return (-1, -1) if strategy == "tensor" else (1, -1)
     if isinstance(structure, str) and re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", structure):
-        structure = [int(size) for size in structure.split("x")]
+        structure = list(map(int, structure.split("x")))
     if not is_block(structure):
         weights.wrong(("block_structure",), structure, "supported: two whole numbers above 0")
         return 1, 1

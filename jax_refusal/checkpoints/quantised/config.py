@@ -4,8 +4,8 @@ Tools write their own fields, more with each version: those that are known to ch
 listed, and others are for the user to vouch for.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from jax_refusal.checkpoints.quantised.formats import listed
 from jax_refusal.models.spec import UnsupportedModel
@@ -89,7 +89,7 @@ def refuse(label: str, problems: list[str]) -> None:
         raise UnsupportedModel(f"{label} as here is not read: {listed(problems)}. {WHAT_TO_DO}")
 
 
-def is_block(value: Any) -> bool:
+def is_block(value: Any) -> TypeGuard[Sequence[int]]:
     """Whether it is outputs and inputs that share a scale."""
     pair = isinstance(value, list | tuple) and len(value) == 2
     return pair and all(type(size) is int and size > 0 for size in value)

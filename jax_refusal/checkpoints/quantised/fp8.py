@@ -42,14 +42,15 @@ def read(given: Mapping[str, Any], vouched: Collection[str]) -> Format:
     if not (block is None or is_block(block)):
         fields.wrong(("weight_block_size",), block, "supported: two whole numbers above 0")
     refuse("FP8", fields.finish())
-    # A config from before there were blocks says nothing of them.
-    sizes = ([] if block is None else [tuple(block)]) + [None] * ("weight_block_size" not in given)
+    sizes: list[tuple[int, int] | None] = [None if block is None else (block[0], block[1])]
+    if "weight_block_size" not in given:  # nor have all configs from before there were blocks
+        sizes.append(None)
     return Format(
         label="FP8",
         part=PART,
         whole="",
         dtypes=DTYPES,
-        build=partial(_build, sizes or [None]),
+        build=partial(_build, sizes),
         plain="",
     )
 
