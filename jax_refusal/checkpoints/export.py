@@ -16,7 +16,7 @@ import numpy as np
 from jax_refusal.checkpoints import hf
 from jax_refusal.checkpoints.sources import Source
 from jax_refusal.checkpoints.tensors import Tensor
-from jax_refusal.families.registry import architecture, family_of
+from jax_refusal.families.registry import QUANTISATION, architecture, family_of
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture, Mlp, UnsupportedModel
 
@@ -88,7 +88,7 @@ def config(
     Of a multimodal checkpoint it is the text model's own, as the tensors of `hf.stored` are.
     Raises ExportError where the family's config has no word for the architecture.
     """
-    original = {name: original[name] for name in original if name != "quantization_config"}
+    original = {name: original[name] for name in original if name not in QUANTISATION}
     if arch.wrapped:
         original = _text(arch, original)
     key = "dtype" if "dtype" in original else "torch_dtype"
@@ -117,7 +117,7 @@ def _text(arch: Architecture, wrapper: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the text model inside, with what only the wrapper says of it."""
     said = ("dtype", "torch_dtype", "transformers_version", *SPECIAL)
     outer = {name: wrapper[name] for name in said if wrapper.get(name) is not None}
-    inner = {k: v for k, v in wrapper["text_config"].items() if k != "quantization_config"}
+    inner = {k: v for k, v in wrapper["text_config"].items() if k not in QUANTISATION}
     if {"dtype", "torch_dtype"} & set(inner):  # one of the two names
         outer = {name: outer[name] for name in outer if not name.endswith("dtype")}
     given = {name: value for name, value in inner.items() if value is not None or name not in outer}

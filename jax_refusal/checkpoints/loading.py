@@ -4,9 +4,10 @@ import jax
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.checkpoints import gguf, hf, lora, mxfp4, orbax
+from jax_refusal.checkpoints import gguf, hf, lora, orbax
+from jax_refusal.checkpoints.quantised.registry import quantisation
 from jax_refusal.checkpoints.sources import Source, locate
-from jax_refusal.checkpoints.tensors import Tensor, read_safetensors
+from jax_refusal.checkpoints.tensors import Tensor, floats, read_safetensors
 from jax_refusal.families.registry import architecture
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.spec import Architecture
@@ -50,10 +51,24 @@ def read_checkpoint(
     """The architecture and the unread tensors of a source; those of Orbax have no such form."""
     config = source.config() if source.gguf is None else gguf.read_config(source.gguf)
     arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
+    quantised = quantisation(config, ignore_config_fields)
     if source.orbax is not None:
         return arch, {}
     if source.gguf is not None:
         return arch, gguf.read_tensors(source.gguf, arch)
-    packed = bool(config.get("quantization_config"))  # only MXFP4 came through `architecture`
-    tensors = read_safetensors(source.weight_files(), packed)
-    return arch, mxfp4.dequantised(tensors) if packed else tensors
+    tensors = read_safetensors(source.weight_files(), quantised.allowed if quantised else floats)
+    if quantised is None:
+        return arch, tensors
+    tensors = quantised.dequantised(tensors)
+    return arch, _without_zero_biases(arch, tensors) if quantised.zero_biases else tensors
+
+
+def _without_zero_biases(arch: Architecture, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the biases that the model does not have and that are zero."""
+    biases = hf.unwrapped(arch, {name: name for name in tensors if name.endswith(".bias")})
+    extra = {name for own, name in biases.items() if own not in hf.expected(arch)}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in extra or len(tensor.shape) != 1 or tensor[(slice(None),)].any()
+    }

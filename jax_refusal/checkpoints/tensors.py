@@ -1,18 +1,18 @@
 """Tensors in files, unread: what every kind of checkpoint is brought to."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jax_refusal.checkpoints.floats8 import FLOATS_8, readers
+
 FLOATS = {"F64", "F32", "F16", "BF16"}
+DTYPES = FLOATS | set(FLOATS_8) | {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 OPEN_FOR = 2**28  # bytes that are read before the files are opened anew
-# Halves of a tensor that lies in MXFP4; see `mxfp4`.
-PACKED = re.compile(r"(.*)_(blocks|scales)")
 LISTED, CHARACTERS = 20, 500  # of an error message: what it lists, and of what length each
 
 
@@ -26,6 +26,7 @@ class Tensor:
 
     shape: tuple[int, ...]
     read: Callable[[tuple[slice, ...]], np.ndarray]
+    dtype: str = ""  # as a safetensors file calls it, where it lies in one
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         return self.read(slices)
@@ -44,21 +45,32 @@ def shown(value: object, characters: int = 100) -> str:
     return text if len(text) <= characters else f"{text[:characters]}..."
 
 
-def read_safetensors(files: list[Path], packed: bool = False) -> dict[str, Tensor]:
-    """The tensors of some safetensors files, unread. packed: some of them as pairs of MXFP4."""
+def floats(name: str) -> Collection[str]:
+    return FLOATS
+
+
+def read_safetensors(
+    files: list[Path], allowed: Callable[[str], Collection[str]] = floats
+) -> dict[str, Tensor]:
+    """The tensors of some safetensors files, unread. allowed: dtypes of one, by its name."""
     tensors: dict[str, Tensor] = {}
     opened = _Files()
     for path in files:
-        handle = opened.handle(path)
+        handle, eights = opened.handle(path), {}
         for name in handle.keys():  # noqa: SIM118 (a handle, not a dict)
             part = handle.get_slice(name)
-            allowed = {"U8"} if packed and PACKED.fullmatch(name) else FLOATS
-            if part.get_dtype() not in allowed:
+            dtype = part.get_dtype()
+            if dtype not in allowed(name):
                 raise ConversionError(
-                    f"{name} in {path.name} is stored as {part.get_dtype()}; supported are "
-                    f"{sorted(allowed)}. Quantised weights have to be dequantised first."
+                    f"{name} in {path.name} is stored as {dtype}; supported are "
+                    f"{sorted(allowed(name))}. Quantised weights have to be dequantised first, "
+                    "unless a quantization_config in config.json says how they lie."
                 )
-            tensors[name] = Tensor(tuple(part.get_shape()), partial(opened.read, path, name))
+            read = partial(opened.read, path, name)
+            if dtype in FLOATS_8:
+                eights = eights or readers(path)
+                read = eights[name]
+            tensors[name] = Tensor(tuple(part.get_shape()), read, dtype)
     return tensors
 
 

@@ -94,6 +94,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
 FAMILIES: dict[str, Family] = {}
 WRAPPERS: dict[str, Wrapper] = {}
 REFUSED: dict[str, str] = {}  # known and not computed: `model_type` -> why
+# Fields of how the weights lie in their files, which checkpoints.quantised reads or refuses.
+QUANTISATION = frozenset({"quantization_config", "compression_config"})
 
 
 def register(entry: Family | Wrapper) -> None:
@@ -165,6 +167,7 @@ def _inside(config: Config, ignore: tuple[str, ...]) -> Config:
 
 
 def _unknown(config: Config, known: frozenset[str] | set[str]) -> list[str]:
+    known = known | QUANTISATION
     return [
         f"unknown field {field}={config[field]!r} (if it does not change the forward pass, "
         f"name it in model.ignore_config_fields)"

@@ -54,7 +54,7 @@ def model_card(
         "edit": edit,
     }
     if facts.get("packed"):
-        rows["experts"] = "MXFP4 in the source, numbers of this dtype here"
+        rows["weights"] = f"{facts['packed']} in the source, numbers of this dtype here"
     if "adapter" in facts:
         rows["adapter merged in"] = f"`{facts['adapter']}`, `{facts['adapter_fingerprint']}`"
     if "direction" in facts:

@@ -16,6 +16,7 @@ from jax_refusal import config as configs
 from jax_refusal.checkpoints import export, gguf, lora, orbax
 from jax_refusal.checkpoints.export import ExportError
 from jax_refusal.checkpoints.loading import load_model, read_checkpoint
+from jax_refusal.checkpoints.quantised import registry as quantised
 from jax_refusal.checkpoints.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.data.chat import load_chat
 from jax_refusal.edits import Edit, ablate, add, multiple, unit_vector
@@ -194,7 +195,7 @@ def _origin(request: Request) -> Origin:
     if source.directory is not None:
         export.beside(source.directory)  # refused before anything is computed
     facts |= {"source": source.name, "fingerprint": found, "dtype": dtype, "family": arch.family}
-    facts |= {"packed": packed}
+    facts |= {"packed": quantised.label(original, ignore)}
     if adapter:
         facts |= {"adapter": adapter, "adapter_fingerprint": lora.fingerprint(adapter)}
     direction = None

@@ -579,10 +579,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {**GPT_OSS_20B, "quantization_config": {"quant_method": "mxfp4", "block_size": 16}},
         ["'block_size': 16", "no other field than modules_to_not_convert"],
     ),
-    "quantisation of another family": (
-        {**QWEN25_7B, "quantization_config": {"quant_method": "mxfp4"}},
-        ["unknown field quantization_config={'quant_method': 'mxfp4'}"],
-    ),
     "bias of the head": ({**PHI4_MINI, "lm_head_bias": True}, ["lm_head_bias=True"]),
 }
 

@@ -6,13 +6,18 @@ Project, Microscaling Formats specification 1.0, sections 5.2 and 5.3). Every nu
 significant bits, so that bfloat16 holds it exactly.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jax_refusal.checkpoints.tensors import PACKED, ConversionError, Tensor, listed
+from jax_refusal.checkpoints.quantised.config import Fields, refuse
+from jax_refusal.checkpoints.quantised.formats import Format, Parts
+from jax_refusal.checkpoints.tensors import Tensor
 
+PART = re.compile(r"(.*)(_blocks|_scales)")
 BLOCK = 32  # numbers that share a scale, two in a byte
 MAGNITUDES = [0, 1, 2, 3, 4, 6, 8, 12]  # twice: then no scale is too large for the least of them
 TWICE = np.array([*MAGNITUDES, *(-float(x) for x in MAGNITUDES)], np.float32)
@@ -20,30 +25,15 @@ BYTES = np.arange(256)
 PAIRS = TWICE[np.stack([BYTES & 15, BYTES >> 4], -1)]  # [256, 2], the low half of a byte first
 
 
-def dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with one in place of each pair of blocks and scales, all unread.
-
-    Raises ConversionError naming every pair that is not one.
-    """
-    found = {name: tensor for name, tensor in tensors.items() if not PACKED.fullmatch(name)}
-    problems = []
-    for name in dict.fromkeys(match[1] for match in map(PACKED.fullmatch, tensors) if match):
-        blocks, scales = tensors.get(f"{name}_blocks"), tensors.get(f"{name}_scales")
-        if blocks is None or scales is None:
-            lacking = "blocks" if blocks is None else "scales"
-            problems.append(f"missing {name}_{lacking}, the other half of its pair is there")
-        elif name in found:
-            problems.append(f"{name} is there twice, as it is and as blocks and scales")
-        elif len(scales.shape) != 3 or blocks.shape != (*scales.shape, BLOCK // 2):
-            problems.append(
-                f"{name}_blocks has shape {blocks.shape} and {name}_scales {scales.shape}, not "
-                f"[experts, outputs, blocks, {BLOCK // 2}] and the same without the last"
-            )
-        else:
-            found[name] = _tensor(blocks, scales)
-    if problems:
-        raise ConversionError(f"The MXFP4 weights cannot be read: {listed(problems)}.")
-    return found
+def read(given: Mapping[str, Any], vouched: Collection[str] = ()) -> Format:
+    refuse("MXFP4", Fields(given, vouched).finish())
+    return Format(
+        label="MXFP4",
+        part=PART,
+        whole="",
+        dtypes={"_blocks": {"U8"}, "_scales": {"U8"}},
+        build=_build,
+    )
 
 
 def dequantise(
@@ -57,7 +47,13 @@ def dequantise(
     return values.reshape(*scales.shape[:-1], -1)
 
 
-def _tensor(blocks: Tensor, scales: Tensor) -> Tensor:
+def _build(parts: Parts) -> Tensor:
+    blocks, scales = parts.need("_blocks", "_scales")
+    if len(scales.shape) != 3 or blocks.shape != (*scales.shape, BLOCK // 2):
+        raise ValueError(
+            f"its _blocks have shape {blocks.shape} and its _scales {scales.shape}, not "
+            f"[experts, outputs, blocks, {BLOCK // 2}] and the same without the last"
+        )
     E, O, N = scales.shape
     shape = (E, BLOCK * N, O)
 
