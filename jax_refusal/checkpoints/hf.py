@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
+from jax_refusal.checkpoints.folder import shortened
 from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.families.registry import family_of
 from jax_refusal.models.decoder import Transformer
@@ -150,6 +151,8 @@ def unwrapped(arch: Architecture, tensors: Mapping[str, AnyTensor]) -> dict[str,
                 continue
             prefix = next((p for p in PREFIXES if name.startswith(p)), "")
             name = PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+        if name in found:
+            raise ConversionError(f"The checkpoint holds {name} twice, under two prefixes.")
         if not (IGNORED.fullmatch(name) or unread(arch, name)):
             found[name] = tensor
     return found
@@ -181,7 +184,9 @@ def load(
             placed = sharding.named(mesh, leaf.axes, leaf.shape)
             arrays[leaf.path] = jax.make_array_from_callback(leaf.shape, placed, callback)
     if broken:
-        raise ConversionError(f"Weights that are not finite (NaN or infinite): {sorted(broken)}.")
+        raise ConversionError(
+            f"Weights that are not finite (NaN or infinite): {shortened(sorted(broken))}."
+        )
     return Transformer(arch, arrays)
 
 
