@@ -129,5 +129,6 @@ def _array(value: Any) -> np.ndarray | None:
             value = np.array(value, np.float64)
         except OverflowError:
             return None
-    numbers = isinstance(value, np.ndarray) and np.can_cast(value.dtype, np.float64, "same_kind")
-    return value if numbers and value.ndim else None
+    if not isinstance(value, np.ndarray) or not value.ndim:
+        return None
+    return value if np.can_cast(value.dtype, np.float64, "same_kind") else None
