@@ -1,7 +1,10 @@
 """Random damage to files, a function of a seed."""
 
+import copy
+import json
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,3 +55,82 @@ def damaged(rng: np.random.Generator, content: bytes, places: Sequence[int] = ()
             case 7 if rng.random() < 0.2:
                 del found[at:]
     return bytes(found)
+
+
+def rearranged(rng: np.random.Generator, pieces: Sequence[bytes]) -> bytes:
+    """Whole pieces, some of them lost, repeated, exchanged, or damaged."""
+    found = list(pieces)
+    for _ in range(rng.integers(1, 4)):
+        one, other = (int(rng.integers(len(found))) for _ in range(2))
+        match rng.integers(5):
+            case 0 if len(found) > 1:
+                del found[one]
+            case 1:
+                found.insert(one, found[other])
+            case 2:
+                found[one], found[other] = found[other], found[one]
+            case 3:
+                found[one] = found[other]
+            case 4 if found[one]:
+                found[one] = damaged(rng, found[one])
+    return b"".join(found)
+
+
+def any_value(rng: np.random.Generator, others: Sequence[Any]) -> Any:
+    """A value as JSON knows them, one that stands elsewhere in half of all cases."""
+    if rng.random() < 0.5:
+        return copy.deepcopy(others[rng.integers(len(others))])
+    match rng.integers(8):
+        case 0:
+            return NUMBERS[rng.integers(len(NUMBERS))] * int(rng.choice([1, -1]))
+        case 1:
+            return float(rng.choice([0.5, -1.0, 1e-30, 1e300, np.inf, -np.inf, np.nan]))
+        case 2:
+            return ["", "a", "..", "/tmp/x", "../x", "\0", "é" * 40, "true", "1"][rng.integers(9)]
+        case 3:
+            return [True, False, None][rng.integers(3)]
+        case 4:
+            return []
+        case 5:
+            return {}
+        case 6:
+            return copy.deepcopy([others[rng.integers(len(others))]] * int(rng.integers(1, 5)))
+        case _:
+            return {"a": {"b": {"c": [1]}}}
+
+
+def altered(rng: np.random.Generator, whole: Any) -> Any:
+    """A value of JSON with one to three of the values in it replaced, lost, added or renamed."""
+    whole = copy.deepcopy(whole)
+    for _ in range(rng.integers(1, 4)):
+        nodes: list[Any] = [whole]
+        for node in nodes:
+            if isinstance(node, dict | list):
+                nodes += node.values() if isinstance(node, dict) else node
+        inner = [node for node in nodes if isinstance(node, dict | list) and node]
+        if not inner:
+            return whole
+        place = inner[rng.integers(len(inner))]
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key, value = keys[rng.integers(len(keys))], any_value(rng, nodes)
+        match rng.integers(5):
+            case 0:
+                del place[key]
+            case 1 if isinstance(place, dict):
+                place[str(value)[:60]] = place.pop(key)
+            case 2 if isinstance(place, dict):
+                place[f"{key}{'x' * int(rng.integers(2))}"] = value
+            case 2:
+                place.insert(key, value)
+            case _:
+                place[key] = value
+    return whole
+
+
+def as_json(rng: np.random.Generator, value: Any) -> bytes:
+    """The value as JSON; one name in it stands twice in a tenth of all cases."""
+    text = json.dumps(value)
+    if rng.random() < 0.1 and text.startswith("{") and len(text) > 2:
+        key = rng.choice(list(value))
+        text = f"{{{json.dumps(str(key))}: {json.dumps(any_value(rng, [value]))}, {text[1:]}"
+    return text.encode()

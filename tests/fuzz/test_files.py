@@ -5,7 +5,10 @@ names its seed and case; FUZZ_CASES=20000 FUZZ_SEED=7 runs a long campaign.
 """
 
 import io
+import itertools
 import json
+import pickletools
+import struct
 import traceback
 import zipfile
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from safetensors.numpy import save
 
 from jax_refusal.checkpoints import gguf as gguf_file
 from jax_refusal.checkpoints import hf
+from jax_refusal.checkpoints.gguf_header import read_header
 from jax_refusal.checkpoints.sources import Source, SourceError, fingerprint
 from jax_refusal.checkpoints.tensors import ConversionError, Tensor, read_safetensors
 from jax_refusal.checkpoints.torch_pickle import TorchFileError, read_torch
@@ -28,7 +32,7 @@ from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
 from jax_refusal.families.registry import architecture
 from jax_refusal.models.spec import UnsupportedModel
 from jax_refusal.study.directions import DirectionError, read_direction
-from tests.fuzz.damage import damaged, generators
+from tests.fuzz.damage import altered, as_json, damaged, generators, rearranged
 
 ERRORS = (SourceError, ConversionError, UnsupportedModel, TorchFileError, DirectionError)
 LONGEST = 8000  # characters of a message
@@ -91,13 +95,24 @@ def merged(files: list[Path]) -> dict[str, np.ndarray]:
 
 def test_safetensors(tmp_path: Path) -> None:
     whole, path = save(TENSORS), tmp_path / "a.safetensors"
-    header = range(8 + int.from_bytes(whole[:8], "little"))
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
 
     def check(rng: np.random.Generator) -> None:
-        path.write_bytes(damaged(rng, whole, header))
+        if rng.random() < 0.3:
+            path.write_bytes(damaged(rng, whole, range(end)))
+        else:
+            text = as_json(rng, altered(rng, header))
+            path.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
         same(values(read_safetensors([path])), merged([path]))
 
     campaign(check)
+
+
+def damaged_json(rng: np.random.Generator, value: Any) -> bytes:
+    if rng.random() < 0.3:
+        return damaged(rng, json.dumps(value).encode())
+    return as_json(rng, altered(rng, value))
 
 
 def test_indexes(tmp_path: Path) -> None:
@@ -107,11 +122,11 @@ def test_indexes(tmp_path: Path) -> None:
         (tmp_path / file).write_bytes(save({name: TENSORS[name] for name in inside}))
     weight_map = {name: file for file, inside in files.items() for name in inside}
     index = tmp_path / "model.safetensors.index.json"
-    whole = json.dumps({"metadata": {"total_size": 96}, "weight_map": weight_map}).encode()
+    whole = {"metadata": {"total_size": 96}, "weight_map": weight_map}
     source = Source("x", directory=tmp_path)
 
     def check(rng: np.random.Generator) -> None:
-        index.write_bytes(damaged(rng, whole))
+        index.write_bytes(damaged_json(rng, whole))
         found = source.weight_files()
         stated = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         same(values(read_safetensors(found)), merged([tmp_path / name for name in stated]))
@@ -121,10 +136,10 @@ def test_indexes(tmp_path: Path) -> None:
 
 def test_configs(tmp_path: Path) -> None:
     fields = {"model_type": "llama", "hidden_size": 64, "rope_scaling": {"factor": 2.0, "a": [1]}}
-    whole, source = json.dumps(fields, indent=1).encode(), Source("x", directory=tmp_path)
+    source = Source("x", directory=tmp_path)
 
     def check(rng: np.random.Generator) -> None:
-        (tmp_path / "config.json").write_bytes(damaged(rng, whole))
+        (tmp_path / "config.json").write_bytes(damaged_json(rng, fields))
         found = source.config()
         # As text, since NaN is not equal to itself.
         assert json.dumps(found) == json.dumps(json.loads((tmp_path / "config.json").read_bytes()))
@@ -168,6 +183,63 @@ def write_gguf(path: Path, most: int = 0) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def packed(value: Any) -> tuple[int, bytes]:
+    """GGUF's type of a value, and the value as its bytes."""
+    if isinstance(value, bool):
+        return 7, bytes([value])
+    if isinstance(value, int):
+        return (10, value.to_bytes(8, "little")) if value >= 0 else (5, b"\xff" * 4)
+    if isinstance(value, float):
+        return 12, struct.pack("<d", value)
+    if isinstance(value, str):
+        return 8, struct.pack("<Q", len(value.encode())) + value.encode()
+    items = [packed(each) for each in value] or [(4, b"")]
+    alike = [content for kind, content in items if kind == items[0][0]]
+    return 9, struct.pack("<IQ", items[0][0], len(alike) * bool(value)) + b"".join(alike)
+
+
+def rebuilt(header: dict[str, Any], data: bytes) -> bytes:
+    """A GGUF file with this header, valid as far as the header can say something invalid."""
+    fields, tensors = header.get("fields", {}), header.get("tensors", {})
+    content = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields))
+    for key, value in fields.items():
+        kind, value = packed(value)
+        content += packed(key)[1] + struct.pack("<I", kind) + value
+    for name, (shape, kind, offset) in tensors.items():
+        content += packed(name)[1] + struct.pack("<I", len(shape))
+        content += struct.pack(f"<{len(shape)}QIQ", *shape, kind, offset)
+    return content + bytes(-len(content) % 32) + data
+
+
+def test_gguf_headers(tmp_path: Path) -> None:
+    """Headers that are well formed and say something else."""
+    written = read_header(write_gguf(tmp_path / "whole.gguf"))
+    start = min(tensor.offset for tensor in written.tensors)
+    data = (tmp_path / "whole.gguf").read_bytes()[start:]
+    tensors = {t.name: [list(t.shape[::-1]), t.kind, t.offset - start] for t in written.tensors}
+    header = {"fields": written.metadata, "tensors": tensors}
+    path = tmp_path / "model.gguf"
+    path.write_bytes(rebuilt(header, data))
+    check_gguf(path)
+
+    def check(rng: np.random.Generator) -> None:
+        try:
+            path.write_bytes(rebuilt(altered(rng, header), data))
+        except (TypeError, ValueError, OverflowError, AttributeError, struct.error):
+            raise SourceError("this header cannot be written") from None
+        check_gguf(path)
+        check_tokenizer(path)
+
+    campaign(check)
+
+
+def check_tokenizer(path: Path) -> None:
+    try:
+        tokenizer_from_gguf(path)
+    except ValueError as error:  # what `load_chat` makes a SourceError of
+        raise SourceError(str(error)) from None
 
 
 def check_gguf(path: Path) -> None:
@@ -226,10 +298,7 @@ def test_tokenizers_in_gguf(tmp_path: Path) -> None:
 
     def check(rng: np.random.Generator) -> None:
         path.write_bytes(damaged(rng, whole, places))
-        try:
-            tokenizer_from_gguf(path)
-        except ValueError as error:  # what `load_chat` makes a SourceError of
-            raise SourceError(str(error)) from None
+        check_tokenizer(path)
 
     campaign(check)
 
@@ -246,14 +315,21 @@ def test_torch_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
 
+    (pickle,) = (name for name in entries if name.endswith("data.pkl"))
+    places = [at for _, _, at in pickletools.genops(entries[pickle])]
+    cuts = [*places, len(entries[pickle])]
+    instructions = [entries[pickle][i:j] for i, j in itertools.pairwise(cuts)]
+
     def check(rng: np.random.Generator) -> None:
-        if rng.random() < 0.3:
+        if rng.random() < 0.2:
             path.write_bytes(damaged(rng, whole))
         else:
+            changed = rearranged(rng, instructions)
+            if rng.random() < 0.2:
+                changed = damaged(rng, entries[pickle])
             with zipfile.ZipFile(path, "w") as archive:
                 for name, content in entries.items():
-                    pickle = name.endswith("data.pkl")
-                    archive.writestr(name, damaged(rng, content) if pickle else content)
+                    archive.writestr(name, changed if name == pickle else content)
         ours = read_torch(path)
         try:
             theirs = torch.load(path, weights_only=True)
