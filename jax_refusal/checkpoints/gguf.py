@@ -6,8 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from jax_refusal.checkpoints.gguf_header import Header, TensorInfo, read_header
-from jax_refusal.checkpoints.sources import SourceError
+from jax_refusal.checkpoints.folder import shortened
+from jax_refusal.checkpoints.gguf_header import (
+    COUNT,
+    NUMBER,
+    TEXT,
+    TEXTS,
+    Header,
+    TensorInfo,
+    checked,
+)
+from jax_refusal.checkpoints.sources import SourceError, gguf_header
 from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.families.registry import FAMILIES, Family, Gguf, family_of
 from jax_refusal.models.leaves import leaves
@@ -23,30 +32,77 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises UnsupportedModel for an architecture of no family, SourceError for a broken file.
     """
-    header = _header(path)
+    header = gguf_header(path)
     if header.order != "<":
         raise ConversionError(f"{path.name} has big-endian weights, which are not read.")
-    return _config(header, path)
+    config = _config(header, path)
+    if (layers := config["num_hidden_layers"]) > len(header.tensors):
+        raise SourceError(
+            f"{path} says that it has {layers} blocks, and holds {len(header.tensors)} tensors. "
+            "The file may be damaged: fetch it again."
+        )
+    return config
 
 
 def read_tensors(path: Path, arch: Architecture) -> dict[str, Tensor]:
     """The tensors of a GGUF file under Hugging Face's names, unread; weights are dequantised.
 
-    Raises ConversionError naming every tensor that the architecture does not have.
+    Raises ConversionError naming every tensor that the architecture does not have, and every one
+    that does not lie in the file.
     """
-    header, layout = _header(path), family_of(arch).gguf
+    header, layout = gguf_header(path), family_of(arch).gguf
     assert layout is not None
     named = _names(arch)
     unknown = [tensor.name for tensor in header.tensors if tensor.name not in named]
     if unknown:
         raise ConversionError(
-            f"{path.name} holds tensors that its {arch.family} model does not have: {unknown}."
+            f"{path.name} holds tensors that its {arch.family} model does not have: "
+            f"{shortened(unknown)}."
+        )
+    problems = _misplaced(header)
+    if problems:
+        raise ConversionError(
+            f"{path.name} is damaged or cut short: {shortened(problems)}. Fetch it again."
         )
     tensors = {}
     for stored in header.tensors:
         name, leaf = named[stored.name]
-        tensors[name] = _tensor(stored, leaf, layout, path)
+        tensors[name] = _tensor(stored, leaf, layout)
     return tensors
+
+
+def _misplaced(header: Header) -> list[str]:
+    """What is wrong about where the tensors lie: beyond the file, or in the place of another."""
+    problems = []
+    for file in header.files:
+        size, end, last = file.stat().st_size, 0, ""
+        for tensor in sorted((t for t in header.tensors if t.file == file), key=lambda t: t.offset):
+            try:
+                rows, row_bytes, _ = _rows(tensor)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if tensor.offset < end:
+                problems.append(f"{tensor.name} overlaps {last}")
+            end, last = tensor.offset + rows * row_bytes, tensor.name
+            if end > size:
+                problems.append(f"{tensor.name} ends at byte {end} of {size} in {file.name}")
+    return problems
+
+
+def _rows(stored: TensorInfo) -> tuple[int, int, Any]:
+    """Rows, bytes of each, and type of a tensor; ValueError for what no tensor is."""
+    import gguf
+
+    try:
+        kind = gguf.GGMLQuantizationType(stored.kind)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise ValueError(f"{stored.name} is of type {stored.kind}, which is not known") from None
+    *outer, inner = stored.shape or (0,)
+    if 0 in stored.shape or not inner or inner % block:
+        raise ValueError(f"{stored.name} has shape {stored.shape}, whose rows are {kind.name}")
+    return math.prod(outer), inner // block * size, kind
 
 
 def _names(arch: Architecture) -> dict[str, tuple[str, Leaf]]:
@@ -61,34 +117,45 @@ def _names(arch: Architecture) -> dict[str, tuple[str, Leaf]]:
 
 
 def _config(header: Header, path: Path) -> dict[str, Any]:
-    def field(key: str, default: Any = None, *, required: bool = True) -> Any:
-        if key in header.metadata:
-            return header.metadata[key]
-        if required and default is None:
+    def field(key: str, kind: str, default: Any = None, *, required: bool = True) -> Any:
+        try:
+            value = checked(header.metadata, key, kind)
+        except ValueError as error:
+            raise SourceError(
+                f"{path}: {error}. The file is damaged, or says what is not read here: use the "
+                "model's Hugging Face directory instead."
+            ) from None
+        if value is None and required and default is None:
             raise UnsupportedModel(f"{path.name} has no metadata field {key}.")
-        return default
+        return default if value is None else value
 
-    arch = field("general.architecture")
+    def size(key: str, default: int | None = None) -> int:
+        value = field(key, COUNT, default)
+        if not 0 < value < 2**31:
+            raise SourceError(f"{path}: {key} is {value}, which is no size of a model.")
+        return value
+
+    arch = field("general.architecture", TEXT)
     family, layout = _family(arch, path)
-    heads = field(f"{arch}.attention.head_count")
-    width = field(f"{arch}.embedding_length")
+    heads, layers = size(f"{arch}.attention.head_count"), size(f"{arch}.block_count")
+    width = size(f"{arch}.embedding_length")
     config = {
         "model_type": family.model_type,
         "hidden_size": width,
-        "num_hidden_layers": field(f"{arch}.block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": field(f"{arch}.attention.head_count_kv", heads),
-        "head_dim": field(f"{arch}.attention.key_length", width // heads),
-        "intermediate_size": field(f"{arch}.feed_forward_length"),
-        "max_position_embeddings": field(f"{arch}.context_length"),
-        "rms_norm_eps": field(f"{arch}.attention.layer_norm_rms_epsilon"),
-        "rope_theta": field(f"{arch}.rope.freq_base", layout.rope_base),
-        "vocab_size": len(field("tokenizer.ggml.tokens")),
+        "num_key_value_heads": size(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": size(f"{arch}.attention.key_length", width // heads),
+        "intermediate_size": size(f"{arch}.feed_forward_length"),
+        "max_position_embeddings": size(f"{arch}.context_length"),
+        "rms_norm_eps": field(f"{arch}.attention.layer_norm_rms_epsilon", NUMBER),
+        "rope_theta": field(f"{arch}.rope.freq_base", NUMBER, layout.rope_base),
+        "vocab_size": len(field("tokenizer.ggml.tokens", TEXTS)),
         "hidden_act": "silu",
         **layout.constants,
     }
     for theirs, key in layout.fields.items():
-        value = field(f"{arch}.{key}", required=key != "rope.freq_base_swa")
+        value = field(f"{arch}.{key}", NUMBER, required=key != "rope.freq_base_swa")
         if value is not None:
             config[theirs] = value
     if layout.wide_layers:
@@ -96,11 +163,11 @@ def _config(header: Header, path: Path) -> dict[str, Any]:
         config["query_pre_attn_scalar"] = width // heads if wide else config["head_dim"]
     # llama.cpp computes in other dtypes; the file's epsilon is the float32 nearest to the config's.
     config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
-    scaling = field(f"{arch}.rope.scaling.type", required=False)
+    scaling = field(f"{arch}.rope.scaling.type", TEXT, required=False)
     if scaling not in (None, "none"):
         config["rope_scaling"] = {
             "rope_type": scaling,
-            "factor": field(f"{arch}.rope.scaling.factor"),
+            "factor": field(f"{arch}.rope.scaling.factor", NUMBER),
         }
     names = {tensor.name for tensor in header.tensors}
     if "rope_freqs.weight" in names:
@@ -125,14 +192,7 @@ def _family(arch: str, path: Path) -> tuple[Family, Gguf]:
     return known[arch]
 
 
-def _header(path: Path) -> Header:
-    try:
-        return read_header(path)
-    except ValueError as error:
-        raise SourceError(f"{error}.") from None
-
-
-def _tensor(stored: TensorInfo, leaf: Leaf, layout: Gguf, path: Path) -> Tensor:
+def _tensor(stored: TensorInfo, leaf: Leaf, layout: Gguf) -> Tensor:
     import gguf
 
     shape = stored.shape
@@ -140,11 +200,10 @@ def _tensor(stored: TensorInfo, leaf: Leaf, layout: Gguf, path: Path) -> Tensor:
     shifted = layout.norms_plus_one and leaf.param.name.endswith(NORM)
 
     def whole() -> np.ndarray:
-        kind = gguf.GGMLQuantizationType(stored.kind)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size
-        data = np.memmap(path, mode="r", offset=stored.offset, shape=(rows, row_bytes))
-        values = gguf.dequantize(np.asarray(data), kind).reshape(shape)
+        rows, row_bytes, kind = _rows(stored)
+        data = np.memmap(stored.file, mode="r", offset=stored.offset, shape=(rows, row_bytes))
+        with np.errstate(all="ignore"):  # the loader names what is not finite
+            values = gguf.dequantize(np.asarray(data), kind).reshape(shape)
         if shifted:
             values = values - np.float32(1)
         if not interleaved:
@@ -159,7 +218,7 @@ def _tensor(stored: TensorInfo, leaf: Leaf, layout: Gguf, path: Path) -> Tensor:
             return whole()[slices]
         except (ValueError, NotImplementedError) as error:
             raise ConversionError(
-                f"{stored.name} of {path.name} cannot be read: {error}."
+                f"{stored.name} of {stored.file.name} cannot be read: {error}."
             ) from None
 
     return Tensor(shape, read)

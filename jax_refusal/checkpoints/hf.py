@@ -150,6 +150,8 @@ def unwrapped(arch: Architecture, tensors: Mapping[str, AnyTensor]) -> dict[str,
                 continue
             prefix = next((p for p in PREFIXES if name.startswith(p)), "")
             name = PREFIXES.get(prefix, "") + name.removeprefix(prefix)
+        if name in found:
+            raise ConversionError(f"The checkpoint holds {name} twice, under two prefixes.")
         if not (IGNORED.fullmatch(name) or unread(arch, name)):
             found[name] = tensor
     return found

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
+from jax_refusal.checkpoints.folder import SourceError, read_json
 from jax_refusal.checkpoints.tensors import ConversionError, listed
 from jax_refusal.files import atomic_write
 from jax_refusal.models.decoder import Transformer
@@ -46,8 +47,8 @@ def _check_files(folder: Path) -> None:
     Orbax would find out in the middle of many reads, and leave the others behind unawaited.
     """
     try:
-        listed = json.loads(_listing(folder).read_bytes())
-    except (OSError, ValueError):
+        listed = read_json(_listing(folder))
+    except SourceError:
         raise ConversionError(
             f"{_listing(folder)} is missing or damaged, so {folder} cannot be checked. Convert the "
             "model again."
@@ -70,10 +71,13 @@ def load(arch: Architecture, folder: Path, mesh: Mesh, dtype: np.dtype) -> Trans
         placed = sharding.named(mesh, leaf.axes, leaf.shape)
         target[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed)
     with ocp.StandardCheckpointer() as checkpointer:
-        stored: Any = checkpointer.metadata(folder.absolute()).item_metadata
-        if stored is None:
-            raise ConversionError(f"{folder} is not a complete Orbax checkpoint. Make it again.")
-        there = {path: tuple(leaf.shape) for path, leaf in stored.tree.items()}
+        try:
+            stored: Any = checkpointer.metadata(folder.absolute()).item_metadata
+            there = {path: tuple(leaf.shape) for path, leaf in stored.tree.items()}
+        except Exception as error:  # of any kind, where its files of JSON are not what they were
+            raise ConversionError(
+                f"{folder} is not a complete Orbax checkpoint. Convert the model again."
+            ) from error
         expected = {path: leaf.shape for path, leaf in target.items()}
         if there != expected:
             differ = sorted(p for p in there | expected if there.get(p) != expected.get(p))

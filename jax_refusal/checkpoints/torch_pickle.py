@@ -7,8 +7,11 @@ lies on the lowest floor: a file of numbers, which knows nothing of models.
 """
 
 import dataclasses
+import math
 import pickletools
+import reprlib
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -30,6 +33,7 @@ STORAGES: dict[str, Any] = {
     "torch.ByteStorage": np.uint8,
     "torch.BoolStorage": np.bool_,
 }
+EXPANDED = 2**24  # elements that a tensor may have beyond those of its storage
 ADVICE = "Only tensors, and dicts, lists and tuples of them, are read"
 # What `zipfile` raises for a file that was cut short or overwritten.
 BROKEN = (
@@ -40,6 +44,17 @@ BROKEN = (
     OSError,
     ValueError,
     NotImplementedError,
+)
+# What the instructions of a pickle raise that were overwritten.
+DAMAGED = (
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
 )
 
 
@@ -92,6 +107,7 @@ class _Reader:
             raise self.error(f"it holds {len(pickles)} files NAME/data.pkl where one is expected")
         self.root = pickles[0].removesuffix("data.pkl")
         self.storages: dict[str, np.ndarray] = {}
+        self.left = path.stat().st_size  # entries of an archive may overlap, and so be far larger
         order = "little"
         if self.root + "byteorder" in archive.namelist():
             order = self.content("byteorder").decode("ascii", "replace")
@@ -110,23 +126,31 @@ class _Reader:
             raise self.error(f"it lacks {self.root}{name}") from None
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise self.error(f"{entry.filename} is compressed or encrypted")
+        self.left -= entry.file_size
+        if self.left < 0:
+            raise self.error("its parts are larger than the file")
         return self.archive.read(entry)
 
     def read(self) -> Any:
         try:
-            return self.run(self.content("data.pkl"))
+            with warnings.catch_warnings():  # of escapes in a text, which Python does not know
+                warnings.simplefilter("ignore")
+                return self.run(self.content("data.pkl"))
         except TorchFileError:
             raise
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        except DAMAGED as error:
             raise self.error(f"its data.pkl is damaged ({error})") from None
 
     def run(self, pickle: bytes) -> Any:
         """Carries out the pickle's instructions on a stack of plain values."""
         stack: list[Any] = []
+        marks: list[int] = []  # where they are on the stack
         memo: dict[int, Any] = {}
 
         def since_mark() -> list[Any]:
-            at = max(i for i, value in enumerate(stack) if isinstance(value, _Mark))
+            at = marks.pop()
+            if not isinstance(stack[at], _Mark):
+                raise ValueError("an instruction finds no mark")
             values = stack[at + 1 :]
             del stack[at:]
             return values
@@ -150,6 +174,7 @@ class _Reader:
             elif name == "TUPLE":
                 stack.append(tuple(since_mark()))
             elif name == "MARK":
+                marks.append(len(stack))
                 stack.append(_Mark())
             elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
                 memo[len(memo) if value is None else value] = stack[-1]
@@ -166,9 +191,7 @@ class _Reader:
                 _container(stack[-1], list).extend(items)
             elif name in ("SETITEM", "SETITEMS"):
                 items = take(2) if name == "SETITEM" else since_mark()
-                pairs = dict(zip(items[::2], items[1::2], strict=True))
-                if not all(isinstance(key, str | int) for key in pairs):
-                    raise self.error("a dict has keys that are neither text nor whole numbers")
+                pairs = self.mapping(list(zip(items[::2], items[1::2], strict=True)))
                 _container(stack[-1], dict).update(pairs)
             elif name == "REDUCE":
                 function, arguments = take(2)
@@ -182,6 +205,14 @@ class _Reader:
                 raise self.error(f"its pickle holds the instruction {name}, which tensors need not")
         raise ValueError("no end")
 
+    def mapping(self, pairs: Any = ()) -> dict[Any, Any]:
+        """A dict of pairs. Keys are looked at before they are hashed: a tuple of tuples of tuples
+        may be small in the file and take forever."""
+        pairs = [(key, value) for key, value in pairs]
+        if not all(isinstance(key, str | int) for key, _ in pairs):
+            raise self.error("a dict has keys that are neither text nor whole numbers")
+        return dict(pairs)
+
     def plain(self, result: Any) -> Any:
         """The result, once it is sure that it holds nothing but values."""
         todo, seen = [result], set()
@@ -192,7 +223,7 @@ class _Reader:
                     seen.add(id(value))
                     todo += value.values() if isinstance(value, dict) else value
             elif not isinstance(value, np.ndarray | str | int | float | None):
-                raise self.error(f"its pickle leaves {value!r} behind")
+                raise self.error(f"its pickle leaves {reprlib.repr(value)} behind")
         return result
 
     def known(self, name: str) -> _Name:
@@ -204,14 +235,14 @@ class _Reader:
         """What a tensor's pickle may call; everything was checked by name before."""
         name = function.full if isinstance(function, _Name) else ""
         if name not in CALLS or not isinstance(arguments, tuple):
-            raise self.error(f"its pickle calls {name or repr(function)[:40]}")
+            raise self.error(f"its pickle calls {name or reprlib.repr(function)}")
         return CALLS[name](self, *arguments)
 
     def storage(self, identity: Any) -> np.ndarray:  # [N] all elements
         """The storage of a persistent id ("storage", type, key, device, elements)."""
         kind, dtype, key, _, elements = identity
         if kind != "storage" or not isinstance(key, str) or not isinstance(dtype, _Name):
-            raise self.error(f"its pickle asks for {kind!r}, which is not a storage")
+            raise self.error(f"its pickle asks for {reprlib.repr(kind)}, which is not a storage")
         if dtype.full not in STORAGES:
             raise self.error(f"storage {key} is of {dtype.full}")
         if key not in self.storages:
@@ -239,15 +270,18 @@ class _Reader:
     ) -> np.ndarray:
         """The view of a storage that a tensor is; offset and strides count elements."""
         if metadata:
-            raise self.error(f"a tensor carries {metadata!r}")
+            raise self.error(f"a tensor carries {reprlib.repr(metadata)}")
         numbers = (offset, *size, *stride)
         if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
-            raise self.error(f"a tensor has offset {offset}, size {size}, strides {stride}")
+            shown = [reprlib.repr(x) for x in (offset, size, stride)]
+            raise self.error("a tensor has offset {}, size {}, strides {}".format(*shown))
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if 0 in size:
             return np.zeros(size, storage.dtype)
         if last >= storage.size:
             raise self.error(f"a tensor ends at element {last} of a storage of {storage.size}")
+        if (count := math.prod(size)) > storage.size + EXPANDED:
+            raise self.error(f"a tensor of {count} elements repeats a storage of {storage.size}")
         return np.lib.stride_tricks.as_strided(
             storage[offset:],
             size,
@@ -280,5 +314,5 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _Reader.tensor,
     "torch._utils._rebuild_parameter": lambda reader, data, *_: _container(data, np.ndarray),
-    "collections.OrderedDict": lambda reader, *pairs: dict(*pairs),
+    "collections.OrderedDict": _Reader.mapping,
 }

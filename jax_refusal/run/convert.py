@@ -190,7 +190,6 @@ def _origin(request: Request) -> Origin:
     ignore = tuple(config.model.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
     original = gguf.read_config(source.gguf) if source.gguf else source.config()
-    packed = bool(original.get("quantization_config"))
     dtype = request.dtype or export.stored_dtype(source, original)
     if source.directory is not None:
         export.beside(source.directory)  # refused before anything is computed

@@ -9,8 +9,14 @@ from jax_refusal.study.directions import DirectionError, cosine, read_direction
 
 
 def compare(one: str | Path, other: str | Path, tensor: str = "") -> list[str]:
-    """What can be said of two stored directions or grids (see `read_direction`), as lines."""
-    found = {path: read_direction(path, tensor) for path in (one, other)}
+    """What can be said of two stored directions or grids (see `read_direction`), as lines.
+
+    tensor: which one of a file's; a workdir has one direction.
+    """
+    found = {
+        path: read_direction(path, "" if Path(path).expanduser().is_dir() else tensor)
+        for path in (one, other)
+    }
     lines = [
         f"{path}: " + (f"norm {np.linalg.norm(x):.4g}" if x.ndim == 1 else f"grid {x.shape}")
         for path, x in found.items()

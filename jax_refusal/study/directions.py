@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_refusal.checkpoints.torch_pickle import read_torch
+from jax_refusal.checkpoints import arrays
 
 # Below this share of the means' own length a difference is rounding, not a direction. (Block 0
 # reads the embedding of template tokens that all prompts share: its difference is zero.)
@@ -42,11 +42,12 @@ def difference(
 
 
 def read_direction(path: str | Path, tensor: str = "") -> np.ndarray:  # [D], or a grid [P, L, D]
-    """A direction, or a grid of them, in float64: from a `.pt` or `.safetensors` file, or from the
-    workdir of a run.
+    """A direction, or a grid of them, in float64: from a `.pt`, `.safetensors`, `.npy` or `.npz`
+    file, or from the workdir of a run.
 
-    tensor: which one, where the file holds several. No code of a `.pt` file is run. Raises
-    DirectionError or TorchFileError.
+    tensor: which one, where the file holds several: the way to it through dicts and lists, such as
+    "15" or "resid/15", and to a cell of a grid, such as "-1/15". No code of a file is run. A vector
+    that lies as [1, D] is read as [D]. Raises DirectionError or TorchFileError.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -56,29 +57,20 @@ def read_direction(path: str | Path, tensor: str = "") -> np.ndarray:  # [D], or
                 f"{path.parents[1]} has no {IN_WORKDIR}: it is not the workdir of a run that got "
                 "as far as its selection."
             )
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise DirectionError(f"{path}: a direction is a .pt or .safetensors file, or a workdir.")
+    if path.suffix not in arrays.SUFFIXES:
+        raise DirectionError(
+            f"{path}: a direction is a file {', '.join(arrays.SUFFIXES)}, or a workdir."
+        )
     if not path.is_file():
         raise DirectionError(f"{path}: there is no such file.")
-    found = _safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    if isinstance(found, dict):
-        tensors = {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
-        if not tensor and len(tensors) == 1:
-            (tensor,) = tensors
-        if tensor not in tensors:
-            names = sorted(map(str, tensors))
-            raise DirectionError(
-                f"{path} holds {len(names)} tensors {names}: say which one"
-                + f"; there is no {tensor!r}." * bool(tensor)
-                + "." * (not tensor)
-            )
-        found = tensors[tensor]
-    if not isinstance(found, np.ndarray) or found.ndim == 0:
-        raise DirectionError(f"{path} holds a {type(found).__name__} and no vector.")
-    direction = np.asarray(found, np.float64)
+    try:
+        found = arrays.pick(arrays.read_arrays(path), tensor, path)
+    except (arrays.ArrayError, OSError) as error:
+        raise DirectionError(str(error)) from None
+    direction = np.array(found, np.float64)
     if not np.isfinite(direction).all():
         raise DirectionError(f"{path} holds NaN or infinity; a finite direction is needed.")
-    return direction
+    return direction.reshape(-1) if set(direction.shape[:-1]) == {1} else direction
 
 
 def cosine(
@@ -102,18 +94,12 @@ def cosine(
 def check_width(direction: np.ndarray, width: int, where: str) -> np.ndarray:  # [D]
     """The direction, if it is one vector of this width."""
     if direction.shape != (width,):
+        advice = "A direction belongs to the model that it was found in."
+        if direction.shape[-1:] == (width,):
+            last = "/".join(str(n - 1) for n in direction.shape[:-1])
+            advice = f"Say which of them is meant: the tensor {last!r} is the last."
         raise DirectionError(
             f"{where} holds shape {direction.shape}, and the model's residual stream takes "
-            f"({width},). A direction belongs to the model that it was found in."
+            f"({width},). {advice}"
         )
     return direction
-
-
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise DirectionError(f"{path} is not a complete safetensors file ({error}).") from None

@@ -79,7 +79,7 @@ def test_shards_and_their_index(tiny_dir: Path, model: Transformer, tmp_path: Pa
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is resident")
 def test_a_file_that_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Loading takes the weights and not their file too, and reads what is there."""
-    monkeypatch.setattr(hf, "OPEN_FOR", 2**22)
+    monkeypatch.setattr("jax_refusal.checkpoints.tensors.OPEN_FOR", 2**22)
     given = {f"w{i}": np.full((2**10, 2**10), i, np.float32) for i in range(16)}  # 4 MiB each
     files = [tmp_path / f"{half}.safetensors" for half in range(2)]
     for half, file in enumerate(files):

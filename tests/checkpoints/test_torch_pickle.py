@@ -167,7 +167,7 @@ def test_a_malicious_pickle_would_have_run(tmp_path: Path):
         (b"\x80\x02(X\x01\x00\x00\x00ao.", "instruction OBJ"),
         (b"\x80\x02c_codecs\nencode\n.", "asks for _codecs.encode"),
         (b"\x80\x02]X\x01\x00\x00\x00ab.", "instruction BUILD"),
-        (b"\x80\x02}]K\x01s.", "damaged"),
+        (b"\x80\x02}]K\x01s.", "keys that are neither text nor"),
         (b"\x80\x02K\x01K\x02.", "damaged"),
         (b"\x80\x02]q\x00h\x05.", "damaged"),
         (b"\x80\x02t.", "damaged"),
@@ -260,6 +260,64 @@ def test_no_byte_that_is_overwritten_escapes_as_another_error(tmp_path: Path):
         except TorchFileError:
             refused += 1
     assert refused > 200
+
+
+def pickled(folder: Path, *instructions: bytes) -> Path:
+    """A file whose data.pkl holds these instructions."""
+    path = saved(folder, GRID)
+    return with_file(path, "data.pkl", b"\x80\x02" + b"".join(instructions) + b".")
+
+
+# A tuple of two, each of which is the tuple of two before it, sixty times.
+DOUBLED = b")" + b"q\x00h\x00\x86" * 60
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+HOSTILE = {
+    "a key that takes forever to hash": (b"}" + DOUBLED + b"K\x01s", "keys that are neither"),
+    "a key of an ordered dict": (
+        b"ccollections\nOrderedDict\n](" + DOUBLED + b"K\x01\x86e\x85R",
+        "keys that are neither",
+    ),
+    "a message without end": (DOUBLED + b")R", "its pickle calls"),
+    "a size without end": (
+        TENSOR + b"((X\x07\x00\x00\x00storagectorch\nDoubleStorage\n"
+        b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x18tQ" + DOUBLED + b"K\x01\x85K\x01\x85tR",
+        "a tensor has offset",
+    ),
+    "a deep value": (b"]" * 100_000 + b"a" * 99_999, None),
+    "a tensor that repeats one number": (
+        TENSOR + b"((X\x07\x00\x00\x00storagectorch\nDoubleStorage\n"
+        b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x18tQK\x00J\xff\xff\xff\x7f\x85K\x00\x85tR",
+        "a tensor of 2147483647 elements repeats a storage of 24",
+    ),
+    "marks and no end": (b"(" * 200_000 + b"t" * 200_000, None),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_small_files_that_would_take_forever(case: str, tmp_path: Path):
+    instructions, words = HOSTILE[case]
+    path = pickled(tmp_path, instructions)
+    if words is None:
+        read_torch(path)
+        return
+    with pytest.raises(TorchFileError, match=words) as caught:
+        read_torch(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_parts_that_lie_in_each_others_place(tmp_path: Path):
+    """Two storages that the directory of the archive puts at one place."""
+    path = saved(tmp_path, [torch.zeros(5000), torch.ones(5000)])
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        first, second = (archive.getinfo(f"value/data/{i}").header_offset for i in (0, 1))
+    moved = content.replace(
+        struct.pack("<I", second) + b"value", struct.pack("<I", first) + b"value"
+    )
+    assert moved != content
+    path.write_bytes(moved[:second] + moved[second + 20_000 :])
+    with pytest.raises(TorchFileError):
+        read_torch(path)
 
 
 def test_the_format_before_1_6_is_named(tmp_path: Path):

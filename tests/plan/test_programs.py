@@ -18,7 +18,7 @@ from jax_refusal.checkpoints.sources import locate
 from jax_refusal.models.spec import Architecture
 from jax_refusal.plan.chips import CHIPS
 from jax_refusal.plan.estimate import estimate, weights_of_a_token, weights_read
-from jax_refusal.plan.programs import Sizes, Shapes, programs
+from jax_refusal.plan.programs import Shapes, Sizes, programs
 from jax_refusal.runtime import decode
 from jax_refusal.runtime.batching import bucket
 from tests.models.cases import SMALL

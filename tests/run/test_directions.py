@@ -28,6 +28,9 @@ def test_compare(tmp_path: Path):
     torch.save(torch.tensor(-3 * GRID[1, 2]), tmp_path / "cell.pt")
     lines = compare(run, tmp_path / "cell.pt")
     assert lines[0].startswith(f"{run}: norm ") and lines[-1] == "cosine -1.000000"
+    torch.save({1: torch.ones(8), 2: torch.tensor(GRID[1, 2])}, tmp_path / "layers.pt")
+    assert compare(run, tmp_path / "layers.pt", "2")[-1] == "cosine 1.000000"
+    assert compare(run, tmp_path / "grid.pt", "1/2")[-1] == "cosine 1.000000"
     assert compare(run, tmp_path / "grid.pt")[-1] == (
         "nearest cell (position -4, layer 2): cosine 1.000000"
     )
