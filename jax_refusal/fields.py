@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_refusal.messages import shown
+
 LARGEST = float(np.finfo(np.float32).max)  # what models compute with ends here
 INT32 = 2**31 - 1
 MANY = 10**7  # tokens, rows, prompts or devices: more than any machine has room for
@@ -136,11 +138,11 @@ def _misplaced(config: Any, where: str = "") -> list[str]:
     for name, value in vars(config).items():
         kind = hints.get(name)
         if kind is None:
-            wrong.append(f"{where}{name}={_shown(value)} (there is no such field)")
+            wrong.append(f"{where}{name}={shown(value, 80)} (there is no such field)")
         elif dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
             if type(value) is not kind:
-                wrong.append(f"{where}{name}={_shown(value)} ({kind.__name__} is needed)")
+                wrong.append(f"{where}{name}={shown(value, 80)} ({kind.__name__} is needed)")
             else:
                 wrong += _misplaced(value, f"{where}{name}.")
     return wrong
@@ -149,17 +151,17 @@ def _misplaced(config: Any, where: str = "") -> list[str]:
 def _wrong_type(name: str, value: Any, kind: Any) -> str:
     if _fits(value, kind):
         return ""
-    return f"{name}={_shown(value)} ({kind.__name__ if _plain(kind) else kind} is needed)"
+    return f"{name}={shown(value, 80)} ({kind.__name__ if _plain(kind) else kind} is needed)"
 
 
 def _not_allowed(name: str, value: Any, allowed: Allowed) -> str:
     parts = value if isinstance(value, tuple | list) else [value]
     if not all(_is_text(part) for part in parts if isinstance(part, str)):
-        return f"{name}={_shown(value)} (allowed: text without NUL that UTF-8 can hold)"
+        return f"{name}={shown(value, 80)} (allowed: text without NUL that UTF-8 can hold)"
     if allowed is None or all(part is None or part in allowed for part in parts):
         return ""
     named = str(allowed) if isinstance(allowed, Range) else ", ".join(allowed)
-    return f"{name}={_shown(value)} (allowed: {named})"
+    return f"{name}={shown(value, 80)} (allowed: {named})"
 
 
 def _is_text(text: str) -> bool:
@@ -183,12 +185,3 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, int | float if kind is float else kind)
-
-
-def _shown(value: Any, most: int = 80) -> str:
-    """Its repr, which may be long, or fail: integers of thousands of digits have none."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= most else f"{text[:most]}..."

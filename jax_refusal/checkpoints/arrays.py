@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_refusal.checkpoints.folder import shortened
 from jax_refusal.checkpoints.tensors import ConversionError, names_in
 from jax_refusal.checkpoints.torch_pickle import TorchFileError, read_torch
+from jax_refusal.messages import shortened
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".npy", ".npz")
 BYTES = 2**32  # of all arrays of a file: a grid of the largest model has a tenth

@@ -8,9 +8,10 @@ here. It lies on the lowest floor: everything that reads a file of a checkpoint 
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from jax_refusal.messages import shortened
 
 JSON_BYTES = 2**24  # more than any config has; a list of tensors may be longer
 DEEPEST = 32  # objects and lists inside each other
@@ -114,9 +115,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [name[:200] for name, count in counts.items() if count > 1]
         raise ValueError(f"one object says {shortened(twice)} twice")
     return found
-
-
-def shortened(names: Sequence[Any], most: int = 20) -> str:
-    """A list as a message shows it, however long it is."""
-    more = f" and {len(names) - most} more" * (len(names) > most)
-    return f"{list(names[:most])}{more}"

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_refusal.checkpoints.folder import shortened
 from jax_refusal.checkpoints.gguf_header import (
     COUNT,
     NUMBER,
@@ -19,6 +18,7 @@ from jax_refusal.checkpoints.gguf_header import (
 from jax_refusal.checkpoints.sources import SourceError, gguf_header
 from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.families.registry import FAMILIES, Family, Gguf, family_of
+from jax_refusal.messages import shortened
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import Leaf
 from jax_refusal.models.spec import Architecture, UnsupportedModel

@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jax_refusal.checkpoints.folder import inside, shortened
+from jax_refusal.checkpoints.folder import inside
+from jax_refusal.messages import shortened
 
 # GGUF value type -> struct format character; 8 is a string and 9 an array.
 _SCALARS: dict[int, str] = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))

@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_refusal import sharding
-from jax_refusal.checkpoints.tensors import ConversionError, Tensor, listed
+from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.families.registry import family_of
+from jax_refusal.messages import listed
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import Leaf

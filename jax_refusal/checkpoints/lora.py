@@ -20,7 +20,8 @@ from jax_refusal.checkpoints import hf, lora_config, lora_modules
 from jax_refusal.checkpoints.lora_config import AdapterError, Settings
 from jax_refusal.checkpoints.lora_modules import MAGNITUDES, PREFIX, A, B, Given, Spot
 from jax_refusal.checkpoints.sources import file_sha256
-from jax_refusal.checkpoints.tensors import listed, read_safetensors
+from jax_refusal.checkpoints.tensors import read_safetensors
+from jax_refusal.messages import listed
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.params import Leaf

@@ -14,7 +14,7 @@ from typing import Any
 import regex
 
 from jax_refusal.checkpoints.sources import SourceError, read_json
-from jax_refusal.checkpoints.tensors import listed, shown
+from jax_refusal.messages import listed, shown
 
 LARGEST = 2**31  # of ranks and alphas
 PATTERN_LENGTH = 10_000  # characters

@@ -15,8 +15,9 @@ import numpy as np
 
 from jax_refusal.checkpoints import hf
 from jax_refusal.checkpoints.lora_config import Settings
-from jax_refusal.checkpoints.tensors import Tensor, shown
+from jax_refusal.checkpoints.tensors import Tensor
 from jax_refusal.families.registry import family_of
+from jax_refusal.messages import shown
 from jax_refusal.models.params import STREAM, WRITES, Leaf
 from jax_refusal.models.spec import Architecture
 

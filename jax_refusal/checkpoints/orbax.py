@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from jax_refusal import sharding
 from jax_refusal.checkpoints.folder import SourceError, read_json
-from jax_refusal.checkpoints.tensors import ConversionError, listed
+from jax_refusal.checkpoints.tensors import ConversionError
 from jax_refusal.files import atomic_write
+from jax_refusal.messages import listed
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.spec import Architecture

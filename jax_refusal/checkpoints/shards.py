@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax_refusal.checkpoints.folder import SourceError, inside, read_json, shortened
+from jax_refusal.checkpoints.folder import SourceError, inside, read_json
 from jax_refusal.checkpoints.tensors import names_in
+from jax_refusal.messages import shortened
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import struct
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from jax_refusal.checkpoints.folder import SourceError, parse_json
 FLOATS = {"F64", "F32", "F16", "BF16"}
 DTYPES = FLOATS | set(FLOATS_8) | {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 OPEN_FOR = 2**28  # bytes that are read before the files are opened anew
-LISTED, CHARACTERS = 20, 500  # of an error message: what it lists, and of what length each
 HEADER_BYTES = 2**25  # some 250,000 tensors in one file
 POINTER = b"version https://git-lfs"  # what git keeps in place of a large file
 
@@ -34,19 +33,6 @@ class Tensor:
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         return self.read(slices)
-
-
-def listed(found: Iterable[object], between: str = "; ") -> str:
-    """The first of many things that an error message has to name, and how many more there are."""
-    each = [str(thing) for thing in found]
-    first = [t if len(t) <= CHARACTERS else f"{t[:CHARACTERS]}..." for t in each[:LISTED]]
-    return between.join(first + [f"and {len(each) - LISTED} more"] * (len(each) > LISTED))
-
-
-def shown(value: object, characters: int = 100) -> str:
-    """A value of someone else's file in an error message."""
-    text = repr(value)
-    return text if len(text) <= characters else f"{text[:characters]}..."
 
 
 def floats(name: str) -> Collection[str]:

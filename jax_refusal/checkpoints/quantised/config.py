@@ -7,7 +7,7 @@ listed, and others are for the user to vouch for.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from jax_refusal.checkpoints.tensors import listed
+from jax_refusal.messages import listed
 from jax_refusal.models.spec import UnsupportedModel
 
 ROOT = "quantization_config."

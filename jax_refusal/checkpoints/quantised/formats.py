@@ -10,7 +10,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 
-from jax_refusal.checkpoints.tensors import DTYPES, FLOATS, ConversionError, Tensor, listed
+from jax_refusal.checkpoints.tensors import DTYPES, FLOATS, ConversionError, Tensor
+from jax_refusal.messages import listed
 
 # Scales of what flows through a model, which change no weight.
 ACTIVATIONS = re.compile(
