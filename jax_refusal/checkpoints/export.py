@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jax_refusal.checkpoints import hf
-from jax_refusal.checkpoints.sources import Source
+from jax_refusal.checkpoints.sources import Source, inside
 from jax_refusal.checkpoints.tensors import Tensor
 from jax_refusal.families.registry import QUANTISATION, architecture, family_of
 from jax_refusal.models.decoder import Transformer
@@ -160,30 +160,16 @@ def write_hugging_face(
 def beside(source: Path) -> list[Path]:
     """The tokenizer, the generation config and the licence of a Hugging Face directory.
 
-    Raises ExportError for a link that leads out of it: what it leads to is not the checkpoint's.
+    Raises SourceError for a link that leads out of it: what it leads to is not the checkpoint's.
     """
     there = {path for pattern in BESIDE for path in source.glob(pattern)}
-    found = sorted(path for path in there if path.is_file() and path.suffix != ".py")
-    leaving = [path.name for path in found if not _inside(path, source)]
-    if leaving:
-        raise ExportError(
-            f"{source}: {leaving} are links that lead out of the folder, and nothing outside it is "
-            "copied. Put the files themselves there, or remove the links."
-        )
-    return found
+    found = (inside(source, path.name) for path in sorted(there))
+    return [path for path in found if path.is_file() and path.suffix != ".py"]
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:
     """Whether files of these names make a tokenizer, or part of one."""
     return any(name.startswith(("tokenizer", "vocab.json", "qwen.tiktoken")) for name in names)
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    """Whether a file lies in the folder, links resolved; or, of a snapshot in the hub's cache,
-    among the blobs that its links lead to."""
-    real, home = path.resolve(), folder.resolve()
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    return any(real.is_relative_to(each) for each in homes)
 
 
 def copy_beside(source: Path, folder: Path) -> None:

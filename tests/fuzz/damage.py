@@ -3,13 +3,15 @@
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 CASES = int(os.environ.get("FUZZ_CASES", "150"))  # of each kind of file
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
+LONGEST = 8000  # characters of a message
 
 # Numbers at which bounds are, and words that JSON and pickles are made of.
 NUMBERS = [0, 1, 2, 3, 7, 8, 9, 31, 32, 127, 128, 255, 256, 2**15, 2**16, 2**24]
@@ -22,6 +24,26 @@ def generators() -> Iterator[tuple[str, np.random.Generator]]:
     """One for each case, with what repeats it."""
     for case in range(CASES):
         yield f"FUZZ_SEED={SEED}, case {case}", np.random.default_rng([SEED, case])
+
+
+def campaign(
+    check: Callable[[np.random.Generator], None], errors: tuple[type[Exception], ...]
+) -> None:
+    """Raises AssertionError that names every case that ends in anything but a result or an error of
+    the library, once for each place in the code."""
+    read, faults = 0, dict[str, str]()
+    for case, rng in generators():
+        try:
+            check(rng)
+            read += 1
+        except errors as error:
+            if not 10 < len(str(error)) < LONGEST:
+                faults["message"] = f"{case}: {str(error)[:200]!r}"
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            faults[f"{place.name}:{place.lineno}"] = f"{case}: {type(error).__name__}: {error}"
+    assert not faults, "\n".join(f"{place} {fault[:300]}" for place, fault in faults.items())
+    assert read, "no damaged file was read: the damage is too great to find anything"
 
 
 def damaged(rng: np.random.Generator, content: bytes, places: Sequence[int] = ()) -> bytes:
