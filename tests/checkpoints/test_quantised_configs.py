@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import jax_refusal as jr
@@ -12,7 +11,6 @@ from jax_refusal.checkpoints.quantised.registry import quantisation
 from jax_refusal.models.spec import UnsupportedModel
 from tests.checkpoints.packing import CASES, of_compressed
 
-Tensors = dict[str, np.ndarray]
 WHAT_TO_DO = "unquantised checkpoint"
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 AWQ, GPTQ, BNB = (CASES[case][0] for case in ("awq", "gptq", "bitsandbytes nf4"))
