@@ -1,5 +1,6 @@
 """Hugging Face -> ours -> Hugging Face is the same to the bit, and Orbax reloads what was saved."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -154,6 +155,13 @@ def test_a_config_without_a_word_for_an_edit_is_refused(checkpoint: Checkpoint, 
         export.config(arch, original, "float32")
 
 
+def test_a_tensor_under_two_prefixes_is_refused(model: Transformer):
+    wrapped = dataclasses.replace(model.arch, wrapped=True)
+    both = ["language_model.model.norm.weight", "model.language_model.norm.weight"]
+    with pytest.raises(ConversionError, match=r"holds model\.norm\.weight twice"):
+        hf.unwrapped(wrapped, dict.fromkeys(both, 0))
+
+
 # Orbax
 
 
@@ -218,9 +226,28 @@ def test_a_lost_part_of_an_orbax_folder(tiny_dir: Path, model: Transformer, tmp_
     cut.write_bytes(cut.read_bytes()[:-1])
     with pytest.raises(ConversionError, match=rf"is damaged: .*{cut.name}.* Convert the model"):
         jr.load_model(str(folder))
-    (folder / "orbax.files.json").unlink()
-    with pytest.raises(ConversionError, match=r"orbax\.files\.json is missing or damaged"):
-        jr.load_model(str(folder))
+    listing = folder / "orbax.files.json"
+    for content in ("", "[]", '{"_METADATA": 1, "_METADATA": 2}', None):
+        listing.unlink() if content is None else listing.write_text(content)
+        with pytest.raises(ConversionError, match=r"orbax\.files\.json is missing or damaged"):
+            jr.load_model(str(folder))
+
+
+@pytest.mark.parametrize("old", [b'"tree_metadata"', b"shape", b"{", b"64"])
+def test_orbax_metadata_that_say_something_else(
+    old: bytes, tiny_dir: Path, model: Transformer, tmp_path: Path
+):
+    """Files of the right size: Orbax raises whatever it meets."""
+    folder = orbax_directory(model, tiny_dir, tmp_path / "saved")
+    path = folder / "orbax/_METADATA"
+    path.write_bytes(path.read_bytes().replace(old, b" " * len(old)))
+    try:
+        again = jr.load_model(str(folder))
+    except ConversionError as error:
+        assert "Convert the model again" in str(error)
+        return
+    for leaf, values in model.leaves().items():  # it did not need to know
+        np.testing.assert_array_equal(again.leaves()[leaf], values, err_msg=leaf)
 
 
 def test_orbax_with_a_nan_is_refused(tiny_dir: Path, model: Transformer, tmp_path: Path):
