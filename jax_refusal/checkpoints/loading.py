@@ -1,5 +1,7 @@
 """From a model source to a model on a mesh."""
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
@@ -45,11 +47,16 @@ def load_model(
     return model
 
 
+def read_config(source: Source) -> dict[str, Any]:
+    """The fields of config.json, or what a GGUF file says of them."""
+    return source.config() if source.gguf is None else gguf.read_config(source.gguf)
+
+
 def read_checkpoint(
     source: Source, ignore_config_fields: tuple[str, ...] = ()
 ) -> tuple[Architecture, dict[str, Tensor]]:
     """The architecture and the unread tensors of a source; those of Orbax have no such form."""
-    config = source.config() if source.gguf is None else gguf.read_config(source.gguf)
+    config = read_config(source)
     arch = architecture(config, ignore_config_fields)  # refuse before touching any weight
     quantised = quantisation(config, ignore_config_fields)
     if source.orbax is not None:

@@ -24,6 +24,8 @@ FORMS = (
     "inside an installed Python package, or a hub id 'org/name' (optionally 'org/name@revision')"
 )
 
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -72,17 +74,18 @@ class Source:
         return sorted(path for path in self.orbax.rglob("*") if path.is_file())
 
 
-def locate(source: str) -> Source:
-    """Finds a model source; downloads a hub id through huggingface_hub. Reads no weights."""
+def locate(source: str, weights: bool = True) -> Source:
+    """Finds a model source; downloads a hub id through huggingface_hub, of which `weights` says
+    whether more than its config is wanted. Reads no weights."""
     try:
-        return _locate(source)
+        return _locate(source, weights)
     except (OSError, RuntimeError) as error:  # a name too long, a home of nobody, no permission
         raise SourceError(
             f"model.source={source[:200]!r} cannot be read ({error}). It is {FORMS}."
         ) from None
 
 
-def _locate(source: str) -> Source:
+def _locate(source: str, weights: bool) -> Source:
     if source.startswith("package:"):
         return Source(source, gguf=_inside_package(source))
     path = Path(source).expanduser()
@@ -94,7 +97,7 @@ def _locate(source: str) -> Source:
         check_links(path)
         return Source(source, directory=path)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        folder = _from_hub(source)
+        folder = _from_hub(source, HUB_FILES if weights else ["config.json"])
         check_links(folder)
         return Source(source, directory=folder)
     raise SourceError(f"model.source={source!r} does not exist. It is {FORMS}.")
@@ -155,7 +158,7 @@ def _inside_package(source: str) -> Path:
     return path
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str, files: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -164,7 +167,7 @@ def _from_hub(source: str) -> Path:
         path = huggingface_hub.snapshot_download(
             name,
             revision=revision or None,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken"],
+            allow_patterns=files,
             # The same weights once more, in the layout of Llama's and of Mistral's makers.
             ignore_patterns=["original/*", "consolidated*"],
         )

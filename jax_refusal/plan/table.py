@@ -1,12 +1,13 @@
 """The plan of a run on a slice, and its table."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from jax_refusal.checkpoints.loading import read_config
+from jax_refusal.checkpoints.sources import locate, read_json
 from jax_refusal.config import RunConfig
 from jax_refusal.families.registry import architecture
 from jax_refusal.models.spec import Architecture
@@ -60,12 +61,11 @@ def plan(
 
 
 def _architecture(config: RunConfig, model_config: str) -> Architecture:
-    from jax_refusal.checkpoints.sources import locate
-
-    ignore = tuple(config.model.ignore_config_fields)
     if model_config:
-        return architecture(json.loads(Path(model_config).read_bytes()), ignore)
-    return architecture(locate(config.model.source).config(), ignore)
+        fields = read_json(Path(model_config))
+    else:
+        fields = read_config(locate(config.model.source, weights=False))
+    return architecture(fields, tuple(config.model.ignore_config_fields))
 
 
 def table(planned: Plan) -> str:

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from jax_refusal import config as configs
-from jax_refusal.checkpoints import export, gguf, lora, orbax
+from jax_refusal.checkpoints import export, lora, orbax
 from jax_refusal.checkpoints.export import ExportError
-from jax_refusal.checkpoints.loading import load_model, read_checkpoint
+from jax_refusal.checkpoints.loading import load_model, read_checkpoint, read_config
 from jax_refusal.checkpoints.quantised import registry as quantised
 from jax_refusal.checkpoints.sources import Source, file_sha256, fingerprint, locate
 from jax_refusal.data.chat import load_chat
@@ -189,7 +189,7 @@ def _origin(request: Request) -> Origin:
         )
     ignore = tuple(config.model.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
-    original = gguf.read_config(source.gguf) if source.gguf else source.config()
+    original = read_config(source)
     dtype = request.dtype or export.stored_dtype(source, original)
     if source.directory is not None:
         export.beside(source.directory)  # refused before anything is computed

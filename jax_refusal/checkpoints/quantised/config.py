@@ -7,7 +7,7 @@ listed, and others are for the user to vouch for.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from jax_refusal.messages import listed
+from jax_refusal.messages import listed, shown
 from jax_refusal.models.spec import UnsupportedModel
 
 ROOT = "quantization_config."
@@ -64,7 +64,7 @@ class Fields:
 
     def wrong(self, names: Collection[str], value: Any, allowed: str) -> None:
         name = next((name for name in names if name in self.given), next(iter(names)))
-        self.problems.append(f"{self.where}{name}={short(value)} ({allowed})")
+        self.problems.append(f"{self.where}{name}={shown(value)} ({allowed})")
 
     def finish(self) -> list[str]:
         """All that is wrong, once every field that is known was asked for."""
@@ -93,8 +93,3 @@ def is_block(value: Any) -> TypeGuard[Sequence[int]]:
     """Whether it is outputs and inputs that share a scale."""
     pair = isinstance(value, list | tuple) and len(value) == 2
     return pair and all(type(size) is int and size > 0 for size in value)
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

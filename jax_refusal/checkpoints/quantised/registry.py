@@ -4,9 +4,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jax_refusal.checkpoints.quantised import awq, bnb, compressed, fp8, gptq, mxfp4
-from jax_refusal.checkpoints.quantised.config import WHAT_TO_DO, short
+from jax_refusal.checkpoints.quantised.config import WHAT_TO_DO
 from jax_refusal.checkpoints.quantised.formats import Format
 from jax_refusal.families.registry import QUANTISATION
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import UnsupportedModel
 
 METHODS: dict[str, Callable[[Mapping[str, Any], Collection[str]], Format]] = {
@@ -35,7 +36,7 @@ def quantisation(config: Mapping[str, Any], vouched: Collection[str] = ()) -> Fo
         method = "compressed-tensors" if "config_groups" in given else method
     if not isinstance(method, str) or method not in METHODS:
         raise UnsupportedModel(
-            f"The weights are quantised with quant_method={short(method)}, which is not read; "
+            f"The weights are quantised with quant_method={shown(method)}, which is not read; "
             f"{list(METHODS)} are. {WHAT_TO_DO}"
         )
     if method == "mxfp4" and config.get("model_type") != "gpt_oss":
@@ -61,7 +62,7 @@ def _given(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     if not isinstance(found[0], Mapping) or any(each != found[0] for each in found):
         raise UnsupportedModel(
-            f"The config says of quantisation {', and '.join(map(short, found))}, which is not one "
+            f"The config says of quantisation {', and '.join(map(shown, found))}, which is not one "
             f"object. {WHAT_TO_DO}"
         )
     return found[0]
