@@ -21,6 +21,7 @@ from jax_refusal.data.prompts import Instructions, load_prompts
 from jax_refusal.edits import Edit, identity
 from jax_refusal.evals.judge import Judge, Verdict
 from jax_refusal.evals.registry import find_judges
+from jax_refusal.fields import declared
 from jax_refusal.files import content_hash
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.report.page import closing_table
@@ -252,7 +253,7 @@ def read_run(root: str) -> tuple[Workdir, configs.RunConfig]:
         for name, value in workdir.manifest["identity"].items()
         if name.startswith("config.")
     }
-    strange = sorted(fields.keys() - configs.flatten(configs.RunConfig()).keys())
+    strange = sorted(fields.keys() - declared(configs.RunConfig).keys())
     if strange:
         raise WorkdirError(
             f"{workdir.root / MANIFEST} is not of a study: launch.run has no {strange[:5]}"
