@@ -114,6 +114,8 @@ class Campaign:
     folder: Path
     signals: tuple[str, ...]
     seed: int
+    most: int  # kills in all
+    end: float = math.inf  # on the monotonic clock: the last moment of a kill
     times: dict[str, float] = dataclasses.field(default_factory=dict)  # stage -> its seconds
     kills: list[Kill] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -144,11 +146,15 @@ class Campaign:
             del stage["seconds"]
         return runs.results(workdir) | {"manifest.json": listed}
 
-    def run(self, number: int, times: int) -> None:
-        """One run, killed until it is complete or there are so many kills, and what it left."""
+    @property
+    def goes_on(self) -> bool:
+        return len(self.kills) < self.most and time.monotonic() < self.end
+
+    def run(self, number: int) -> None:
+        """One run, killed until it is complete or enough were killed, and what it left."""
         workdir, killed = self.folder / f"run {number}", 0
         dice = random.Random(f"{self.seed} {number}")
-        while killed < MOST and len(self.kills) < times and complete(workdir) < len(STAGES):
+        while self.goes_on and killed < MOST and complete(workdir) < len(STAGES):
             killed += 1
             self.kill(workdir, dice)
         process = self.process(workdir)
@@ -238,12 +244,12 @@ def campaign(
 ) -> Campaign:
     """Kills so many times, or for so long; jobs: runs at once."""
     hear_again()
-    done, end = Campaign(folder, signals, seed), time.monotonic() + 60 * minutes
+    done = Campaign(folder, signals, seed, times, time.monotonic() + 60 * minutes)
     numbers = itertools.count(1)
 
     def work() -> None:
-        while len(done.kills) < times and time.monotonic() < end:
-            done.run(next(numbers), times)
+        while done.goes_on:
+            done.run(next(numbers))
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for job in [pool.submit(work) for _ in range(jobs)]:
@@ -257,7 +263,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the moments; drawn if not given")
     parser.add_argument("--signals", default="KILL,TERM,INT", help=f"of {', '.join(CODES)}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="after which none is killed"
+    )
     asked = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
