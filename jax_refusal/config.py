@@ -36,7 +36,7 @@ class MeshConfig:
 @dataclasses.dataclass
 class DataConfig:
     source: str = "builtin"  # builtin or paper
-    harmful: str = ""  # own FILE.json, a list of {"instruction": ...}; overrides source
+    harmful: str = ""  # own FILE.json, .jsonl, .csv or .txt (docs/prompts.md); overrides source
     harmless: str = ""
     n_train: int = 128  # instructions of each kind
     n_val: int = 32

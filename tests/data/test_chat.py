@@ -191,9 +191,7 @@ class Merging:
 
     chat_template = "{{ messages[0]['content'] }}>"
     all_special_ids = ()
-
-    def apply_chat_template(self, turns, **_):
-        return turns[0]["content"] + ">"
+    special_tokens_map: dict[str, str] = {}
 
     def __call__(self, texts, **_):
         return {"input_ids": [[*map(ord, t.replace("~>", "\x01"))] for t in texts]}
