@@ -149,8 +149,7 @@ class Chat:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        with tokenizer_files.quiet():
-            return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._text(ids, skip_special_tokens=True)
 
     @property
     def template_name(self) -> str:
@@ -171,8 +170,9 @@ class Chat:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+    def _text(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        with tokenizer_files.quiet():
+            return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def load_chat(source: str | Source, system: str | None = None, template: str = "") -> Chat:

@@ -27,7 +27,7 @@ CHANNEL, TURN, FINAL = "<|channel|>", "<|start|>assistant", "<|channel|>final<|m
 # Texts that escaping, cutting, lowering and the like would change.
 TRIED = (
     "Why is \"a\" < 'b' & {{ c }}, Ünder \\ {% d %} <e>?",
-    "Which words are LOST here? " + "Count to 7. " * 500,
+    "Which words are LOST here? " + "Count to 7. " * 500 + "Stop.",
 )
 TRIED_SYSTEM = "Be BRIEF & \"kind\", 'f' < g, {{ h }} \\ Ü."
 

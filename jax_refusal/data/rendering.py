@@ -46,6 +46,7 @@ LAZY = frozenset("batch items map reject rejectattr reverse select selectattr sl
 COMPARING = frozenset(
     "== != < <= > >= eq equalto ne lt lessthan le gt greaterthan ge in lower upper".split()
 )
+ITS_OWN = ("_loop_vars", "_block_vars")  # arguments that jinja hands to every call
 STEPPED, WEIGHED = " step", " weigh"  # filters that no template can name
 
 
@@ -121,7 +122,9 @@ class Metered(ImmutableSandboxedEnvironment):
 
     # Named so that no keyword argument of a template collides, as jinja's own.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        _METER.get().pay(_cost_of_call(__obj, [*args, *kwargs.values()], _METER.get().left))
+        meter = _METER.get()
+        named = [value for name, value in kwargs.items() if name not in ITS_OWN]
+        meter.pay(_cost_of_call(__obj, [*args, *named], meter.left))
         return super().call(__context, __obj, *args, **kwargs)
 
 
@@ -222,7 +225,8 @@ def _cost_of_operator(operator: str, left: Any, right: Any, limit: int) -> int:
     cost = STEP + size(left, limit) + size(right, limit)
     if operator == "*" and (isinstance(left, int) or isinstance(right, int)):  # a text repeated
         text, times = (right, left) if isinstance(left, int) else (left, right)
-        cost += size(text, limit) * abs(times) if isinstance(text, str | bytes | list | tuple) else 0
+        if isinstance(text, str | bytes | list | tuple):
+            cost += (size(text, limit) - STEP) * abs(times)
     if operator == "%" and isinstance(left, str | bytes):
         cost += _cost_of_format(left, right if isinstance(right, tuple) else [right], limit)
     return cost

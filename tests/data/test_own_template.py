@@ -1,6 +1,7 @@
 """A tokenizer's own template: what it is given arrives, in the form that it takes, on any day."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests import runs, tiny
 
 START, END = "<|im_start|>", "<|im_end|>\n"
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-TAIL = "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+TAIL = "<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
 CONTENT = HEAD + "{{ m.content }}" + TAIL
 PARTS = HEAD + "{% for c in m.content %}{{ c.text }}{% endfor %}" + TAIL
 # As multimodal models have them, which mark an image among the parts.
@@ -176,6 +177,7 @@ def test_only_the_template_that_is_used_counts(tmp_path: Path):
     made = load_chat(str(write(tmp_path / "b", named(THINKS, "x"), {})))
     assert made.render("Hi").endswith("<think>\n\n</think>\n\n")
     channels = CONTENT.replace("<|im_start|>assistant\n", "<|start|>assistant")
+    assert channels != CONTENT
     made = load_chat(str(write(tmp_path / "c", named(channels, "<|channel|>"), {})))
     assert made.render("Hi").endswith("<|start|>assistant")
 
@@ -193,8 +195,9 @@ def test_names_without_a_default(tmp_path: Path):
 
 @pytest.mark.parametrize("template", [CONTENT.replace("m.content", "m.text"), CONTENT * 3 + "{% if"])
 def test_a_run_is_refused_before_it_writes(template: str, tiny_dir: Path, tmp_path: Path):
-    write(tmp_path / "model", template, {})
-    (tmp_path / "model" / "config.json").write_text((tiny_dir / "config.json").read_text())
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     with pytest.raises(ChatError):
         runs.run(runs.small(tmp_path / "model"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

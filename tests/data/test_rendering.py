@@ -1,8 +1,8 @@
 """Templates under a bound: what transformers renders, and an end to whatever does not end."""
 
+import resource
 import threading
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ ENDLESS = {
     "a text repeated": "{{ 'x' * 10 ** 10 }}",
     "a text repeated, the other way": "{{ 9999999999 * 'x' }}",
     "a list repeated": "{{ ([messages] * 10 ** 9) | length }}",
-    "a power": "{{ 10 ** 10 ** 10 }}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
     "a power of powers": "{{ ((9 ** 999) ** 999) ** 999 }}",
     "a text doubled": (
         "{% set ns = namespace(x='xy') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
@@ -151,14 +151,11 @@ def test_the_text_is_transformers(name: str, tokenizer: Any) -> None:
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_end_to_what_does_not_end(name: str, tokenizer: Any) -> None:
     """Within seconds and some 400 MB at most, whatever the machine does besides."""
-    tracemalloc.start()
-    start = time.process_time()
-    with pytest.raises(Exception) as error:  # noqa: PT011  (of any type, as a template's errors)
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((rendering.Spent, OverflowError)):
         ours(ENDLESS[name], tokenizer)
-    took, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert isinstance(error.value, rendering.Spent | OverflowError | RecursionError)
-    assert took < 20 and peak < 4e8
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
 def test_the_bound_holds_in_any_thread(tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """What a tokenizer's files say is read, or refused in one line that names the file."""
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import pytest
 from jax_refusal.checkpoints.sources import SourceError
 from jax_refusal.data.chat import Chat, ChatError, load_chat
 from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
+from jax_refusal.data.tokenizer_files import quiet
 from tests import tiny
 from tests.test_gguf_tokenizer import TINY, write_gguf
 
@@ -89,9 +91,9 @@ def test_context(fields: dict, context: int, folder: Path):
 
 
 def test_the_context_of_a_multimodal_models_text(folder: Path):
-    text = {"max_position_embeddings": 32, "vocab_size": 409}
+    text = {"max_position_embeddings": 48, "vocab_size": 409}
     (folder / "config.json").write_text(json.dumps({"text_config": text}))
-    assert load_chat(str(folder)).context == 32
+    assert load_chat(str(folder)).context == 48
 
 
 @pytest.mark.parametrize("stated", ["64", -1, True, [64], 1e300, float("nan")])
@@ -305,9 +307,12 @@ def test_nothing_is_printed(folder: Path):
     assert loading(folder) == ""
 
 
-def test_what_concerns_the_user_is_printed(folder: Path, capsys: pytest.CaptureFixture):
-    from jax_refusal.data.tokenizer_files import quiet
-
+def test_what_concerns_the_user_is_printed(monkeypatch: pytest.MonkeyPatch):
+    printed = io.StringIO()
+    monkeypatch.setattr(
+        logging.getLogger("transformers"), "handlers", [logging.StreamHandler(printed)]
+    )
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
     with quiet():
         for name, text in (
             ("transformers.tokenization_utils_tokenizers", "an incorrect regex pattern"),
@@ -316,6 +321,6 @@ def test_what_concerns_the_user_is_printed(folder: Path, capsys: pytest.CaptureF
         ):
             logging.getLogger(name).warning(text)
         logging.getLogger("transformers.configuration_utils").error("broken")
-    said = capsys.readouterr().err
+    said = printed.getvalue()
     assert "an incorrect regex pattern" in said and "broken" in said
     assert "Unrecognized" not in said and "of type" not in said
