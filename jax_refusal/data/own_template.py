@@ -80,7 +80,9 @@ class OwnTemplate:
             if lost is not None:
                 complaint = complaint or _changed("the instruction", *lost)
             else:
-                complaint = complaint or _changed("model.system", TRIED_SYSTEM, texts[0]) + NO_SYSTEM
+                complaint = (
+                    complaint or _changed("model.system", TRIED_SYSTEM, texts[0]) + NO_SYSTEM
+                )
         if failed:
             return FORMS[0]
         raise ChatError(complaint)

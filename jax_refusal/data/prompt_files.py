@@ -116,7 +116,11 @@ def _json_list(text: str, name: str) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         # JSON Lines are often named .json: where the first line stands alone, it is they.
         first = next(_numbered(text, name), ("", ""))[1]
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and first[:1] in ("{", '"'):
+        if (
+            isinstance(error, json.JSONDecodeError)
+            and error.msg == "Extra data"
+            and first[:1] in ("{", '"')
+        ):
             return _json_lines(text, name)
         raise PromptError(
             f"{name} is not valid JSON: {error}. (Other files of instructions end in .jsonl, .csv, "

@@ -15,6 +15,7 @@ import contextvars
 import datetime
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -90,7 +91,9 @@ def compiled(source: str) -> Template:
         raise ValueError(f"it has {len(source)} characters, and {LONGEST} are allowed")
     token = _METER.set(Meter(BUDGET))  # constants are folded
     try:
-        return _environment().from_string(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of what it compiles to
+            return _environment().from_string(source)
     finally:
         _METER.reset(token)
 

@@ -38,9 +38,11 @@ def read(source: Source) -> Read:
         return _read_gguf(source)
     assert source.directory is not None
     config = _object(source.file("config.json"))
+    if not isinstance(config.get("model_type", ""), str):
+        raise SourceError(f"{source.name}: the model_type is {config['model_type']!r:.80}.")
     generation = _object(source.directory / "generation_config.json")
     _check_settings(source.directory)
-    tokenizer = _from_directory(source)
+    tokenizer = _from_directory(source, config)
     text = config.get("text_config")  # of a multimodal model's config
     text = text if isinstance(text, dict) else {}
     rows = config.get("vocab_size", text.get("vocab_size"))
@@ -95,14 +97,18 @@ def _object(path: Path) -> dict[str, Any]:
     except (RecursionError, OSError) as error:
         raise SourceError(f"{path} cannot be read: {_words(error)}.") from None
     if not isinstance(found, dict):
-        raise SourceError(f"{path} holds a {type(found).__name__}, and a JSON object is needed.")
+        raise SourceError(f"{path} is not a JSON object, and one is needed.")
     return found
 
 
 def _check_settings(folder: Path) -> None:
     """What transformers would take as it is, to fail on later."""
     path = folder / "tokenizer_config.json"
-    own = _object(path).get("chat_template")
+    settings = _object(path)
+    longest = settings.get("model_max_length", 0)
+    if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+        raise SourceError(f"{path}: model_max_length is {longest!r}: a number is needed.")
+    own = settings.get("chat_template")
     several = own.items() if isinstance(own, dict) else []
     if isinstance(own, list):
         rows = (row if isinstance(row, dict) else {} for row in own)
@@ -129,15 +135,24 @@ def _read_gguf(source: Source) -> Read:
     return Read(tokenizer, () if eos is None else (eos,), context)
 
 
-def _from_directory(source: Source) -> Any:
+def _from_directory(source: Source, config: Mapping[str, Any]) -> Any:
     assert source.directory is not None
     with _errors_of(source), quiet():
         # Qwen-1's own tokenizer is a program that its checkpoints ship.
         if (source.directory / qwen_tokenizer.FILE).is_file():
             return qwen_tokenizer.tokenizer_from_tiktoken(source.directory)
-        from transformers import AutoTokenizer
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig, AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
+        given = {"trust_remote_code": False}
+        try:
+            return AutoTokenizer.from_pretrained(source.directory, **given)
+        except StrictDataclassError:
+            # A field of the config of another type, which is not the tokenizer's: what matters of
+            # the config is read, and judged, by this library.
+            plain = AutoConfig.for_model(config["model_type"])
+            plain.tokenizer_class = config.get("tokenizer_class")
+            return AutoTokenizer.from_pretrained(source.directory, config=plain, **given)
 
 
 @contextlib.contextmanager
@@ -156,9 +171,12 @@ def _errors_of(source: Source) -> Iterator[None]:
                 f"{source.name} has no tokenizer but a program of its own, which is never run. A "
                 f"tokenizer.json is needed, or for Qwen-1 its {qwen_tokenizer.FILE}."
             ) from None
-        reason = _damage(source.directory) if source.directory else ""
+        damage = _damage(source.directory) if source.directory else ""
+        advice = " Fetch tokenizer_config.json and the files beside it again." * bool(
+            source.directory
+        )
         raise SourceError(
-            f"{source.name} has no usable tokenizer: {reason or _words(error)}."
+            f"{source.name} has no usable tokenizer: {damage or _words(error)}.{advice}"
         ) from error
 
 

@@ -26,10 +26,13 @@ BOTH = (
     "{{ c.text if c.type == 'text' }}{% endfor %}{% endif %}" + TAIL
 )
 MIXED = (
-    HEAD + "{% if m.role == 'system' %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}"
+    HEAD
+    + "{% if m.role == 'system' %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}"
     + TAIL
 )
-STRICT = HEAD + "{{ m.content[0].text if m.content is not string else raise_exception('x') }}" + TAIL
+STRICT = (
+    HEAD + "{{ m.content[0].text if m.content is not string else raise_exception('x') }}" + TAIL
+)
 MERGED = (  # Gemma 3's way
     "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
@@ -193,7 +196,9 @@ def test_names_without_a_default(tmp_path: Path):
 # Before any weight is read
 
 
-@pytest.mark.parametrize("template", [CONTENT.replace("m.content", "m.text"), CONTENT * 3 + "{% if"])
+@pytest.mark.parametrize(
+    "template", [CONTENT.replace("m.content", "m.text"), CONTENT * 3 + "{% if"]
+)
 def test_a_run_is_refused_before_it_writes(template: str, tiny_dir: Path, tmp_path: Path):
     shutil.copytree(tiny_dir, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"

@@ -11,7 +11,11 @@ from jax_refusal.data import prompt_files
 from jax_refusal.data.prompt_files import Instruction, PromptError, read_instructions
 from jax_refusal.data.prompts import load_prompts
 
-ROWS = [Instruction("Name a color.", "art"), Instruction("Say “hi, you”.\nTwice."), Instruction("é")]
+ROWS = [
+    Instruction("Name a color.", "art"),
+    Instruction("Say “hi, you”.\nTwice."),
+    Instruction("é"),
+]
 PLAIN = [Instruction(row.text.replace("\n", " ")) for row in ROWS]
 OBJECTS = [{"instruction": r.text} | ({"category": r.category} if r.category else {}) for r in ROWS]
 TEXTS = [row.text for row in PLAIN]
@@ -54,7 +58,10 @@ def test_forms(name: str, tmp_path: Path):
 def test_a_byte_order_mark_and_other_ends_of_lines(name: str, tmp_path: Path):
     text, rows = FORMS[name]
     if name == "a.csv":  # whose quoted text has a line end of its own
-        text, rows = text.replace("\nTwice", " Twice"), [PLAIN[1] if r is ROWS[1] else r for r in rows]
+        text, rows = (
+            text.replace("\nTwice", " Twice"),
+            [PLAIN[1] if r is ROWS[1] else r for r in rows],
+        )
     assert read_instructions(write(tmp_path, name, text, "utf-8-sig")) == rows
     assert read_instructions(write(tmp_path, name, text.replace("\n", "\r\n"))) == rows
 
@@ -89,7 +96,11 @@ def test_text_within_a_cell_is_left_as_it_is(tmp_path: Path):
         ("a.jsonl", '{"prompt": "a", "x": 1}', r"line 1: .* Its fields are \['prompt', 'x'\]"),
         ("a.jsonl", '[\n "a"\n]', "line 1 is not valid JSON"),
         ("a.jsonl", "\n \n", "has no instructions"),
-        ("a.csv", "goal,target\na,b\n", r"line 1: the columns are \['goal', 'target'\]; one must be"),
+        (
+            "a.csv",
+            "goal,target\na,b\n",
+            r"line 1: the columns are \['goal', 'target'\]; one must be",
+        ),
         ("a.csv", "Name a color.\nName a bird.\n", r"the columns are \['Name a color\.'\]"),
         ("a.csv", "instruction;category\na;b\n", r"the columns are \['instruction;category'\]"),
         ("a.csv", "instruction,Instruction\na,b\n", "one must be 'instruction'"),

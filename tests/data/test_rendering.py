@@ -112,12 +112,12 @@ ENDLESS = {
     "filled": "{{ [1] | batch(10 ** 9, 'x') | list }}",
     "sliced": "{{ [1] | slice(10 ** 9, 'x') | list }}",
     "rounded": "{{ 5 | round(10 ** 9, 'ceil') }}",
-    "sums of lists": (
-        "{% set l = range(99999) | batch(1) %}{{ l | sum(start=[]) | length }}"
-    ),
+    "sums of lists": ("{% set l = range(99999) | batch(1) %}{{ l | sum(start=[]) | length }}"),
     "searched": "{% set x = 'a' * 999999 %}{{ x.rfind('b' + 'a' * 499999) }}",
     "compared": (
-        "{% set x = 'a' * 999999 %}{% set y = x + 'b' %}" + LOOP * 2 + "{{ 1 if x + 'c' == y }}"
+        "{% set x = 'a' * 999999 %}{% set y = x + 'b' %}"
+        + LOOP * 2
+        + "{{ 1 if x + 'c' == y }}"
         + "{% endfor %}" * 2
     ),
     "cut": "{% set x = 'a' * 999999 %}" + LOOP + "{% set y = x[1:] %}" * 50 + "{% endfor %}",

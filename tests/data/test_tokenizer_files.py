@@ -3,9 +3,6 @@
 import io
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
 from jax_refusal.data.tokenizer_files import quiet
 from tests import tiny
 from tests.test_gguf_tokenizer import TINY, write_gguf
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -37,6 +32,7 @@ def change(path: Path, **fields: Any) -> None:
 # Where a reply ends
 
 
+@pytest.mark.parametrize("model_type", ["llama", ""])  # whose fields transformers checks, or none
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(
     ("stated", "stops"),
@@ -51,7 +47,10 @@ def change(path: Path, **fields: Any) -> None:
         (None, (2,)),
     ],
 )
-def test_ends_of_a_reply(file: str, stated: Any, stops: tuple[int, ...], folder: Path):
+def test_ends_of_a_reply(
+    file: str, stated: Any, stops: tuple[int, ...], model_type: str, folder: Path
+):
+    change(folder / "config.json", model_type=model_type)
     change(folder / file, eos_token_id=stated)
     assert load_chat(str(folder)).stop_ids == stops
 
@@ -61,6 +60,7 @@ def test_ends_of_a_reply(file: str, stated: Any, stops: tuple[int, ...], folder:
     "stated", ["<|im_end|>", "", "two", "²", 2.5, True, -1, 409, [2, [3]], [None], {"id": 2}, 1e400]
 )
 def test_what_is_no_token(file: str, stated: Any, folder: Path):
+    change(folder / "config.json", model_type="llama")
     change(folder / file, eos_token_id=stated)
     with pytest.raises(SourceError) as error:
         load_chat(str(folder))
@@ -174,6 +174,7 @@ def test_a_template_file_that_is_no_text(file: str, folder: Path):
         {"auto_map": 3},
         {"tokenizer_class": 3},
         {"init_inputs": 3},
+        {"model_max_length": "long"},
     ],
 )
 def test_settings_of_another_type(fields: dict, folder: Path):
@@ -273,46 +274,40 @@ def test_a_system_text_is_a_text(system: Any, folder: Path):
 # What is printed
 
 
-def loading(folder: Path, **environment: str) -> str:
-    code = (
-        f"import jax_refusal as jr; chat = jr.load_chat({str(folder)!r}); "
-        "chat.encode(['Hi']); chat.decode(chat.encode(['a ' * 60])[0])"
-    )
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=kept | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 def noisy(folder: Path) -> Path:
     """A config that transformers has much to say about."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "mscale": 1, "unknown": 2}
     change(folder / "config.json", model_type="llama", rope_scaling=scaling, hidden_size=32)
     change(folder / "config.json", max_position_embeddings=512)
-    change(
-        folder / "tokenizer_config.json", clean_up_tokenization_spaces=True, model_max_length=8
-    )
+    change(folder / "tokenizer_config.json", clean_up_tokenization_spaces=True, model_max_length=8)
     return folder
 
 
-def test_nothing_is_printed(folder: Path):
-    noisy(folder)
-    assert loading(folder, TRANSFORMERS_VERBOSITY="warning") != ""  # there is something to say
-    assert loading(folder) == ""
-
-
-def test_what_concerns_the_user_is_printed(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What transformers says."""
     printed = io.StringIO()
     monkeypatch.setattr(
         logging.getLogger("transformers"), "handlers", [logging.StreamHandler(printed)]
     )
     monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    return printed
+
+
+def use(folder: Path) -> None:
+    chat = load_chat(str(folder))
+    chat.decode(chat.encode(["a " * 60])[0])
+
+
+def test_nothing_is_printed(folder: Path, printed: io.StringIO, monkeypatch: pytest.MonkeyPatch):
+    use(noisy(folder))
+    assert printed.getvalue() == ""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")
+    use(folder)
+    assert printed.getvalue() != ""  # there was something to say
+
+
+def test_what_concerns_the_user_is_printed(printed: io.StringIO):
     with quiet():
         for name, text in (
             ("transformers.tokenization_utils_tokenizers", "an incorrect regex pattern"),
