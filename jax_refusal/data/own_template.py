@@ -9,7 +9,6 @@ Some templates, those of multimodal models above all, take content as a list of 
 [{"type": "text", "text": ...}], and make nothing of a plain text. Text is tried first.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,12 @@ TRIED = (
 TRIED_SYSTEM = "Be BRIEF & \"kind\", 'f' < g, {{ h }} \\ Ü."
 
 TEXT, PARTS = "text", "parts"
-FORMS = tuple(itertools.product((TEXT, PARTS), repeat=2))  # of the user's turn, the system's turn
+FORMS = (  # of the user's turn and of the system's
+    (TEXT, TEXT),
+    (TEXT, PARTS),
+    (PARTS, TEXT),
+    (PARTS, PARTS),
+)
 
 
 class OwnTemplate:

@@ -9,7 +9,6 @@ import urllib.error
 import urllib.request
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jax_refusal.config import DataConfig
 from jax_refusal.data.prompt_files import Instruction, PromptError, parse, read_instructions

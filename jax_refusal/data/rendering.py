@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-# A unit is a character in memory or some 10 ns of Python. Chat templates take some 20 thousand.
+# A unit is a character in memory or some 10 ns of Python. Published templates take some 3 thousand.
 BUDGET, STEP = 100_000_000, 100
 PER_CHARACTER = 300  # units more for each character of an instruction
 LONGEST = 200_000  # characters of a template; published ones have 30 thousand at most
@@ -124,7 +124,7 @@ class Metered(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     # Named so that no keyword argument of a template collides, as jinja's own.
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = _METER.get()
         named = [value for name, value in kwargs.items() if name not in ITS_OWN]
         meter.pay(_cost_of_call(__obj, [*args, *named], meter.left))

@@ -6,7 +6,6 @@ checkpoint runs.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -130,7 +129,7 @@ def _read_gguf(source: Source) -> Read:
         tokenizer = tokenizer_from_gguf(source.gguf)
         metadata = read_header(source.gguf).metadata
     field = f"{metadata.get('general.architecture')}.context_length"
-    eos = tokenizer.eos_token_id
+    eos: Any = tokenizer.eos_token_id
     context = _context(metadata.get(field), f"{source.name}: {field}")
     return Read(tokenizer, () if eos is None else (eos,), context)
 

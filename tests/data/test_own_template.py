@@ -35,7 +35,8 @@ STRICT = (
 )
 MERGED = (  # Gemma 3's way
     "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
-    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}"
+    "{% endif %}"
     "{% for m in turns %}<|im_start|>user\n{{ (first if loop.first) + m.content | trim }}" + TAIL
 )
 

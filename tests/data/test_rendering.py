@@ -51,9 +51,11 @@ COMMON = {
     ),
     "blocks": (
         "{% set text %}{% for m in messages %}{{ m.content | e }},{% endfor %}{% endset %}"
-        "{% filter upper %}{{ text }}{% endfilter %}{% block end %}{{ text | length }}{% endblock %}"
+        "{% filter upper %}{{ text }}{% endfilter %}{% block end %}{{ text | length }}"
+        "{% endblock %}"
         "{{ self.end() }}{% with a = 1, b = text %}{{ a }}{{ b }}{% endwith %}"
-        "{% generation %}{{ text }}{% endgeneration %}{# a comment #}\n  {% raw %}{{ x }}{% endraw %}"
+        "{% generation %}{{ text }}{% endgeneration %}{# a comment #}\n  "
+        "{% raw %}{{ x }}{% endraw %}"
     ),
 }
 
@@ -222,11 +224,10 @@ def test_the_clock_stands(form: str, said: str, tokenizer: Any) -> None:
     "template",
     [
         "{% macro day(d=strftime_now('%F')) %}{{ d }}{% endmacro %}{{ day() }}",
-        "{% macro o() %}{% macro i() %}{{ strftime_now('%F') }}{% endmacro %}{{ i() }}{% endmacro %}"
-        "{{ o() }}",
+        "{% macro o() %}{% macro i() %}{{ strftime_now('%F') }}{% endmacro %}{{ i() }}"
+        "{% endmacro %}{{ o() }}",
         "{% set clock = strftime_now %}{{ clock('%F') }}",
-        "{{ ['%F'] | map('string') | map('trim') | first | string | replace('%F', strftime_now('%F'))"
-        " }}",
+        "{{ ['%F'] | map('replace', '%F', strftime_now('%F')) | first }}",
     ],
 )
 def test_the_clock_stands_wherever_it_is_asked(template: str, tokenizer: Any) -> None:

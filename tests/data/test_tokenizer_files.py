@@ -99,7 +99,7 @@ def test_the_context_of_a_multimodal_models_text(folder: Path):
 @pytest.mark.parametrize("stated", ["64", -1, True, [64], 1e300, float("nan")])
 def test_what_is_no_context(stated: Any, folder: Path):
     change(folder / "config.json", max_position_embeddings=stated)
-    with pytest.raises(SourceError, match="max_position_embeddings is .* a number of tokens"):
+    with pytest.raises(SourceError, match=r"max_position_embeddings is .* a number of tokens"):
         load_chat(str(folder))
 
 
@@ -225,7 +225,7 @@ def test_gguf_metadata_of_another_kind(tmp_path: Path):
         path = write_gguf(tmp_path / f"{i}.gguf", **(TINY | change))
         with pytest.raises(ValueError, match="Hugging Face directory"):
             tokenizer_from_gguf(path)
-        with pytest.raises(SourceError, match="has no usable tokenizer: .*Hugging Face directory"):
+        with pytest.raises(SourceError, match=r"has no usable tokenizer: .*Hugging Face directory"):
             load_chat(str(path))
 
 
@@ -261,13 +261,13 @@ def test_a_long_prompt_of_long_tokens_is_no_long_prompt(folder: Path):
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
 def test_half_a_character(text: str, chat: Chat):
-    with pytest.raises(ChatError, match="Instruction 0 .* half of a character"):
+    with pytest.raises(ChatError, match=r"Instruction 0 .* half of a character"):
         chat.encode([text])
 
 
 @pytest.mark.parametrize("system", [3, ["Be brief."], b"Be brief."])
 def test_a_system_text_is_a_text(system: Any, folder: Path):
-    with pytest.raises(ChatError, match="model.system=.*: a text is needed"):
+    with pytest.raises(ChatError, match=r"model\.system=.*: a text is needed"):
         load_chat(str(folder), system=system)
 
 
