@@ -84,9 +84,8 @@ class OwnTemplate:
             if lost is not None:
                 complaint = complaint or _changed("the instruction", *lost)
             else:
-                complaint = (
-                    complaint or _changed("model.system", TRIED_SYSTEM, texts[0]) + NO_SYSTEM
-                )
+                what = f"model.system={_short(self.system or '')}"
+                complaint = complaint or _changed(what, TRIED_SYSTEM, texts[0]) + NO_SYSTEM
         if failed:
             return FORMS[0]
         raise ChatError(complaint)

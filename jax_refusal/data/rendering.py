@@ -23,10 +23,11 @@ from jinja2 import Template, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
-from jinja2.visitor import NodeTransformer
+
+from jax_refusal.data.metering import STEP, STEPPED, WEIGHED, Metering
 
 # A unit is a character in memory or some 10 ns of Python. Published templates take some 3 thousand.
-BUDGET, STEP = 100_000_000, 100
+BUDGET = 100_000_000
 PER_CHARACTER = 300  # units more for each character of an instruction
 LONGEST = 200_000  # characters of a template; published ones have 30 thousand at most
 BITS = 4096  # of an integer that is computed
@@ -48,7 +49,6 @@ COMPARING = frozenset(
     "== != < <= > >= eq equalto ne lt lessthan le gt greaterthan ge in lower upper".split()
 )
 ITS_OWN = ("_loop_vars", "_block_vars")  # arguments that jinja hands to every call
-STEPPED, WEIGHED = " step", " weigh"  # filters that no template can name
 
 
 class Spent(RuntimeError):
@@ -112,7 +112,7 @@ class Metered(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = _Metering().visit(super()._parse(source, name, filename))
+        tree = Metering().visit(super()._parse(source, name, filename))
         return tree.set_environment(self)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -277,89 +277,3 @@ def size(value: Any, limit: int) -> int:
         elif inside:
             todo += value
     return total
-
-
-class _Metering(NodeTransformer):
-    """Puts steps into a template's loops and macros, and weighs what no method or filter sees."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        if node.test is not None:
-            step = _paid(STEPPED, nodes.Const(_work([node.test])), node.lineno)
-            node.test = nodes.And(step, node.test, lineno=node.lineno)
-        return self._with_steps(node)
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._with_steps(node)
-
-    visit_CallBlock = visit_Block = visit_Macro  # of these the body alone is of interest
-
-    def _with_steps(self, node: Any) -> nodes.Node:
-        step = _paid(STEPPED, nodes.Const(_work(node.body)), node.lineno)
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [_weighed(part) for part in node.nodes]
-        return node
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        self.generic_visit(node)
-        node.items = [_weighed(item) for item in node.items]
-        return node
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        if node.ctx == "load":
-            node.items = [_weighed(item) for item in node.items]
-        return node
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
-        self.generic_visit(node)
-        node.key, node.value = _weighed(node.key), _weighed(node.value)
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = _weighed(node.node)
-        else:  # which is hashed
-            node.arg = _weighed(node.arg)
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        sides = [node.expr, *(operand.expr for operand in node.ops)]
-        # Two values that are equal at most as far as a constant goes cost nothing.
-        if len(sides) == 2 and node.ops[0].op in ("eq", "ne") and any(map(_fixed, sides)):
-            return node
-        node.expr = _weighed(node.expr)
-        for operand in node.ops:
-            operand.expr = _weighed(operand.expr)
-        return node
-
-
-def _work(body: list[Any]) -> int:
-    """What one turn of a loop or a macro takes, but for what is paid for elsewhere."""
-    cost = STEP
-    for node in body:
-        for part in (node, *node.find_all(nodes.Node)):
-            cost += STEP // 10
-            cost += len(part.data) if isinstance(part, nodes.TemplateData) else 0
-            cost += len(str(part.value)) if isinstance(part, nodes.Const) else 0
-    return cost
-
-
-def _fixed(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Const) or (
-        isinstance(node, nodes.List | nodes.Tuple) and all(map(_fixed, node.items))
-    )
-
-
-def _weighed(node: nodes.Expr) -> nodes.Expr:
-    return node if _fixed(node) else _paid(WEIGHED, node, node.lineno)
-
-
-def _paid(name: str, node: nodes.Expr, line: int) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=line)
