@@ -50,7 +50,7 @@ class MeshConfig:
 @dataclasses.dataclass
 class DataConfig:
     source: str = choice("builtin", "paper")
-    harmful: str = ""  # own FILE.json, a list of {"instruction": ...}; overrides source
+    harmful: str = ""  # own FILE.json, .jsonl, .csv or .txt (docs/prompts.md); overrides source
     harmless: str = ""
     n_train: int = number(128, 1, MANY)  # instructions of each kind
     n_val: int = number(32, 1, MANY)

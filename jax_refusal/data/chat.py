@@ -11,28 +11,21 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from jax_refusal.checkpoints.sources import Source, SourceError, locate, read_json
-from jax_refusal.data import qwen_tokenizer, templates
+from jax_refusal.checkpoints.sources import Source, locate
+from jax_refusal.data import templates, tokenizer_files
+from jax_refusal.data.own_template import OwnTemplate
 from jax_refusal.data.templates import ChatError, Template
-
-# Some templates write today's date into the prompt. A study is the same study tomorrow, so the date
-# is always the one that Llama 3.x's template itself falls back to. A template that asks the clock
-# and no variable, as gpt-oss's does, finds a clock in front of it that stands still.
-DATE = "26 Jul 2024"
-PARTS = "%Y=2024 %y=24 %m=07 %d=26 %b=Jul %B=July %a=Fri %A=Friday %H=00 %I=12 %M=00 %S=00 %p=AM"
-REPLACED = " ".join("| replace('{}', '{}')".format(*part.split("=")) for part in PARTS.split())
-CLOCK = "{% macro strftime_now(format) %}{{ format " + REPLACED + " }}{% endmacro %}{{ '' }}"
 
 # Their endings differ in every way that could merge with the template's first tokens.
 PROBES = ("Name a color", "What is 7 x 8?", "Stop.", '"Quote"', "def f(x):", "a 1", "(b)", "Z!")
 
-# Thinking models: the block before the answer. Qwen3's templates write an empty one in this form.
-THINK, ANSWER = "<think>", "</think>\n\n"
-# gpt-oss writes each message into a channel (its format is called harmony): thoughts into
-# "analysis", then the answer into "final". Its template stops before the name of a channel.
-CHANNEL, TURN, FINAL = "<|channel|>", "<|start|>assistant", "<|channel|>final<|message|>"
-
 AT_ONCE = 1000  # prompts; of more, what a tokenizer returns would be felt: five times what is kept
+
+# A text of more than CHARACTERS a token of the context is encoded from its start, FINER times more
+# at once, until it is seen to be too long; SLACK tokens may go by where a piece is cut.
+CHARACTERS, FINER, SLACK = 8, 4, 64
+LONGEST = 1024  # characters of a token; the longest of today's vocabularies have 512
+MOST = 2**20  # tokens, where the context is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +50,11 @@ class Chat:
         """The prompt as text, up to where the reply starts."""
         if self.template is not None:
             return self.template.bos + self.template.render(instruction, self.system)
-        turns = [{"role": "user", "content": instruction}]
-        if self.system is not None:
-            turns.insert(0, {"role": "system", "content": self.system})
-        switch: dict[str, Any] = {"enable_thinking": False} if self._can_think else {}
-        own = self.tokenizer.chat_template
-        if isinstance(own, str) and "strftime_now" in own:
-            switch["chat_template"] = CLOCK + own
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=DATE,
-                **switch,
-            )
-        except Exception as error:  # a template is a program of the checkpoint: it raises anything
-            raise ChatError(f"The chat template failed on {instruction!r}: {error}.") from error
-        if self._has_channels and text.endswith(TURN):
-            return text + FINAL
-        return text + _rest_of_an_empty_block(text)
+        return self._own.render(instruction)
+
+    @cached_property
+    def _own(self) -> OwnTemplate:
+        return OwnTemplate(self.tokenizer, self.system)
 
     def encode(self, instructions: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt; ChatError for an empty, non-text or too long instruction."""
@@ -87,24 +65,40 @@ class Chat:
                 raise ChatError(
                     f"Instruction {i} is {instruction!r}: a text that is not empty is needed."
                 )
+            self._check_text(i, instruction)
         if not instructions:
             raise ChatError("No instructions were given.")
-        parts = range(0, len(instructions), AT_ONCE)
         # Equal ids are one object: a tokenizer makes a new one each time, and all of them would
         # take three times the memory of the lists.
         same: dict[int, int] = {}
-        prompts = [
-            [same.setdefault(token, token) for token in prompt]
-            for at in parts
-            for prompt in self._tokens(instructions[at : at + AT_ONCE])
-        ]
-        for i, prompt in enumerate(prompts):
-            if self.context and len(prompt) > self.context:
-                raise ChatError(
-                    f"Instruction {i} ({instructions[i][:40]!r}...) makes a prompt of "
-                    f"{len(prompt)} tokens; the model's context is {self.context}."
-                )
+        prompts: list[list[int]] = []
+        for at in range(0, len(instructions), AT_ONCE):
+            for prompt in self._tokens(instructions[at : at + AT_ONCE]):
+                if self.context and len(prompt) > self.context:
+                    i = len(prompts)
+                    raise ChatError(
+                        f"Instruction {i} ({instructions[i][:40]!r}...) makes a prompt of "
+                        f"{len(prompt)} tokens; the model's context is {self.context}."
+                    )
+                prompts.append([same.setdefault(token, token) for token in prompt])
         return prompts
+
+    def _check_text(self, index: int, text: str) -> None:
+        """Refuses what no tokenizer takes, and what is far too long without encoding all of it."""
+        name = f"Instruction {index} ({text[:40]!r}...)"
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ChatError(f"{name} holds half of a character: {error.reason}.") from None
+        most = self.context or MOST
+        length = CHARACTERS * most
+        while length < len(text):
+            if len(text) > LONGEST * most or len(self._encoded([text[:length]])[0]) > most + SLACK:
+                raise ChatError(
+                    f"{name} has {len(text)} characters, which are more than {most} tokens; "
+                    f"the model's context is {self.context or 'not known'}."
+                )
+            length *= FINER
 
     def _tokens(self, instructions: Sequence[str]) -> list[list[int]]:
         if self.template is None:
@@ -113,14 +107,30 @@ class Chat:
             texts = [self.template.render(text, self.system) for text in instructions]
             bos = self.template.bos
             first = [self.tokenizer.convert_tokens_to_ids(bos)] if bos else []
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [[*first, *prompt] for prompt in prompts]
+        return [[*first, *prompt] for prompt in self._encoded(texts)]
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        try:
+            return self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # of its own idea of what is too long
+            )["input_ids"]
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ChatError(f"The tokenizer failed on {texts[0][:60]!r}...: {error}.") from error
 
     @cached_property
     def post_instruction(self) -> tuple[int, ...]:
         """The [P] token ids that follow every instruction, found by comparing prompts."""
         text = self.render("INSTRUCTION").rsplit("INSTRUCTION", 1)[-1]
         prompts = self.encode(PROBES)
+        if len(set(map(tuple, prompts))) < len(PROBES):
+            raise ChatError(
+                "The tokenizer makes the same tokens of different instructions: its files are "
+                "damaged, or belong to another model."
+            )
         count = common_prefix([prompt[::-1] for prompt in prompts])
         while count and not text.endswith(self._text(prompts[0][-count:])):
             count -= 1
@@ -139,19 +149,11 @@ class Chat:
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._text(ids, skip_special_tokens=True)
 
     @property
     def template_name(self) -> str:
         return self.template.name if self.template else "the tokenizer's own"
-
-    @property
-    def _can_think(self) -> bool:
-        return "enable_thinking" in str(self.tokenizer.chat_template)
-
-    @property
-    def _has_channels(self) -> bool:
-        return CHANNEL in str(self.tokenizer.chat_template)
 
     @cached_property
     def template_hash(self) -> str:
@@ -159,7 +161,7 @@ class Chat:
             parts: list[Any] = [*self.template.identity, self.system]
         else:
             parts = [self.tokenizer.chat_template, self.system, self.render("INSTRUCTION")]
-            parts += ["an empty think block"] * self._can_think
+            parts += ["an empty think block"] * self._own.thinks
         text = "\n".join(map(str, parts))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -168,8 +170,9 @@ class Chat:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+    def _text(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        with tokenizer_files.quiet():
+            return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def load_chat(source: str | Source, system: str | None = None, template: str = "") -> Chat:
@@ -180,19 +183,10 @@ def load_chat(source: str | Source, system: str | None = None, template: str = "
     """
     named = templates.find(template) if template else None
     found = locate(source) if isinstance(source, str) else source
-    if found.gguf is not None:
-        from jax_refusal.data.gguf_tokenizer import tokenizer_from_gguf
-
-        try:
-            tokenizer, config, generation = tokenizer_from_gguf(found.gguf), {}, {}
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{found.name} has no usable tokenizer: {error}") from error
-    else:
-        tokenizer = _from_directory(found)
-        config = found.config()
-        assert found.directory is not None
-        path = found.directory / "generation_config.json"
-        generation = read_json(path) if path.is_file() else {}
+    if system is not None and not isinstance(system, str):
+        raise ChatError(f"model.system={system!r}: a text is needed, or None.")
+    files = tokenizer_files.read(found)
+    tokenizer = files.tokenizer
     if named is not None:
         named.check(tokenizer)
     elif not tokenizer.chat_template:
@@ -201,12 +195,7 @@ def load_chat(source: str | Source, system: str | None = None, template: str = "
             "chat variant, add a chat_template to its tokenizer_config.json, or name one in "
             "model.template."
         )
-    stops: set[Any] = set()
-    for fields in ({"eos_token_id": tokenizer.eos_token_id}, config, generation):
-        stated: Any = fields.get("eos_token_id")
-        stops |= set(stated) if isinstance(stated, list) else {stated}
-    context = config.get("max_position_embeddings", 0)
-    chat = Chat(tokenizer, tuple(sorted(stops - {None})), context, system, named)
+    chat = Chat(tokenizer, files.stop_ids, files.context, system, named)
     # Where a template closes a turn with a special token, a reply ends there too, stated or not.
     turn_end = chat.post_instruction[0]
     added = tokenizer.added_tokens_decoder.get(turn_end)
@@ -223,29 +212,3 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
             break
         count += 1
     return count
-
-
-def _rest_of_an_empty_block(text: str) -> str:
-    """What closes the think block that a template opens at the end of a prompt; else nothing."""
-    opened = text.rstrip("\n")
-    if not opened.endswith(THINK):
-        return ""
-    return "\n\n"[len(text) - len(opened) :] + ANSWER
-
-
-def _from_directory(source: Source) -> Any:
-    from transformers import AutoTokenizer
-
-    assert source.directory is not None
-    try:
-        # Qwen-1's own tokenizer is a program that its checkpoints ship.
-        if (source.directory / qwen_tokenizer.FILE).is_file():
-            return qwen_tokenizer.tokenizer_from_tiktoken(source.directory)
-        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        if "trust_remote_code" in str(error):
-            raise SourceError(
-                f"{source.name} has no tokenizer but a program of its own, which is never run. A "
-                f"tokenizer.json is needed, or for Qwen-1 its {qwen_tokenizer.FILE}."
-            ) from None
-        raise SourceError(f"{source.name} has no usable tokenizer: {error}") from error

@@ -31,6 +31,20 @@ _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _PRE_NAMES = ("smollm", "gpt-2", "default", *_LLAMA3_NAMES, "qwen2")
 _ADVICE = "use the Hugging Face directory of this model instead (it holds tokenizer.json)"
 
+# What each entry is, and the items of a list; whatever else stands there is not read.
+_KINDS: dict[str, tuple[type, type | tuple[type, ...]]] = {
+    "ggml.model": (str, ()),
+    "ggml.pre": (str, ()),
+    "ggml.tokens": (list, str),
+    "ggml.token_type": (list, int),
+    "ggml.merges": (list, str),
+    "ggml.scores": (list, (float, int)),
+    **{f"ggml.{name}_token_id": (int, ()) for name in ("bos", "eos", "unknown", "padding")},
+    **{f"ggml.add_{name}": (bool, ()) for name in ("bos_token", "eos_token", "space_prefix")},
+    "chat_template": (str, ()),
+}
+_PAIRS = 10**8  # ways to cut tokens in two; the largest vocabularies have 3 million
+
 # Values of tokenizer.ggml.token_type; 1 (normal), 5 (unused) and 6 (byte) need no special care.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
@@ -55,6 +69,7 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast
     from transformers import PreTrainedTokenizerFast
 
     meta = read_header(Path(path)).metadata
+    _check_kinds(path, meta)
     model, tokens, types = _vocabulary(path, meta)
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
@@ -89,6 +104,19 @@ def tokenizer_from_gguf(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast
         chat_template=meta.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _check_kinds(path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
+    for name, (kind, items) in _KINDS.items():
+        value = meta.get(f"tokenizer.{name}")
+        fits = value is None or type(value) is kind
+        if fits and isinstance(value, list) and items:
+            fits = all(isinstance(item, items) and item == item for item in value)  # no NaN
+        if not fits:
+            raise ValueError(
+                f"{path}: tokenizer.{name} is {str(value)[:60]!r}, which is not of its kind "
+                f"({kind.__name__}); {_ADVICE}"
+            )
 
 
 def _vocabulary(
@@ -228,6 +256,8 @@ def _merges_from_scores(
     score of its result (then by id, then longer left part). Control, user-defined, unknown and
     byte tokens never arise from ordinary text and take no part.
     """
+    if sum(len(token) ** 2 for token in vocab) > _PAIRS:
+        raise ValueError(f"its tokens are too long: {max(map(len, vocab))} characters; {_ADVICE}")
     apart = {_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE}
     plain = {token for token, kind in zip(vocab, types, strict=True) if kind not in apart}
     ranked = [

@@ -9,9 +9,9 @@ import urllib.error
 import urllib.request
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jax_refusal.config import DataConfig
+from jax_refusal.data.prompt_files import Instruction, PromptError, parse, read_instructions
 from jax_refusal.files import atomic_write
 
 SPLITS = ("train", "val", "test")
@@ -24,16 +24,6 @@ PUBLISHED = (
     "0b9c8bc56a73b42f595fd173156d4aefe9a9143c/dataset"
 )
 HUB = "hub:"  # data.paper_dir="hub:OWNER/NAME@REVISION" is a dataset on the hub with those files
-
-
-class PromptError(ValueError):
-    """An instruction set that is missing, too small or malformed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    text: str
-    category: str = ""
 
 
 Split = dict[str, list[Instruction]]  # "train", "val", "test"
@@ -82,35 +72,6 @@ def builtin(kind: str) -> Split:
     }
 
 
-def read_instructions(path: Path) -> list[Instruction]:
-    """A JSON list of {"instruction": ..., "category": ...}; category is optional."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise PromptError(f"{path} is not valid JSON: {error}.") from None
-    return _parse(rows, str(path))
-
-
-def _parse(rows: Any, name: str) -> list[Instruction]:
-    if not isinstance(rows, list) or not rows:
-        raise PromptError(f'{name} must be a list of {{"instruction": ...}} that is not empty.')
-    instructions = []
-    for i, row in enumerate(rows):
-        text = row.get("instruction") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(
-                f'{name}, item {i}: {str(row)[:60]!r} has no "instruction" that is a text and not '
-                "empty."
-            )
-        category = row.get("category") or ""
-        if not isinstance(category, str):
-            raise PromptError(f"{name}, item {i}: the category {category!r} is not a text.")
-        instructions.append(Instruction(text, category))
-    return instructions
-
-
 def _published_splits(config: DataConfig, kind: str) -> Split:
     names = {split: f"{kind}_{split}" for split in SPLITS}
     if kind == "harmful":  # the paper tests on benchmark sets, not on the split
@@ -138,7 +99,7 @@ def published(config: DataConfig, name: str) -> list[Instruction]:
         try:
             with urllib.request.urlopen(address, timeout=60) as response:
                 content = response.read()
-            _parse(json.loads(content), address)
+            parse(content.decode("utf-8"), address)
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()

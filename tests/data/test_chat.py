@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -191,9 +193,7 @@ class Merging:
 
     chat_template = "{{ messages[0]['content'] }}>"
     all_special_ids = ()
-
-    def apply_chat_template(self, turns, **_):
-        return turns[0]["content"] + ">"
+    special_tokens_map: Mapping[str, str] = MappingProxyType({})
 
     def __call__(self, texts, **_):
         return {"input_ids": [[*map(ord, t.replace("~>", "\x01"))] for t in texts]}

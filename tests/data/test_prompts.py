@@ -103,7 +103,7 @@ def test_too_few_instructions(own):
         ([{"instruction": "a"}, {"instruction": " "}], "item 1"),
         ([{"instruction": "a"}, {"instruction": 3}], 'item 1: .*no "instruction" that is a text'),
         ([{"prompt": "a"}], "item 0"),
-        (["a"], "item 0: 'a'"),
+        ([3], "item 0: '3'"),
         ([{"instruction": "a", "category": ["x"]}], r"item 0: the category \['x'\] is not a text"),
         ([], "must be a list .* not empty"),
         ({"instruction": "a"}, "must be a list"),
@@ -118,7 +118,7 @@ def test_malformed_own_files_name_the_file_and_the_item(tmp_path, own, rows, wor
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "cannot be read"), (b"[{", "not valid JSON"), (b"\xff\xfe", "not valid JSON")],
+    [(None, "cannot be read"), (b"[{", "not valid JSON"), (b"\xff\xfe", r"not UTF-8 \(UTF-16\)")],
 )
 def test_unreadable_own_files(tmp_path, own, content, words):
     path = tmp_path / "bad.json"
