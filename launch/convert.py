@@ -24,6 +24,9 @@ OUT = flags.DEFINE_string("out", None, "Folder to be made; never one with files.
 LAYER = flags.DEFINE_integer("layer", None, "Layer of an addition; empty is the run's.")
 COEFFICIENT = flags.DEFINE_float("coefficient", 1.0, "Multiple of the direction that is added.")
 DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16; empty is that of the source.")
+IGNORE = flags.DEFINE_list(
+    "ignore_config_fields", [], "Fields of the source's config.json that you vouch for."
+)
 APPROXIMATE = flags.DEFINE_bool(
     "approximate", False, "Go on where an edit of the weights is not exact; the card measures it."
 )
@@ -45,6 +48,7 @@ def main(_: list[str]) -> None:
         coefficient=COEFFICIENT.value,
         dtype=DTYPE.value,
         approximate=APPROXIMATE.value,
+        ignore_config_fields=tuple(IGNORE.value),
     )
     print(convert(request, common.log))
 
