@@ -69,8 +69,8 @@ def experts(
     E, J = found[count], found[each]
     if not all(found.values()) or J > E or E * config["num_hidden_layers"] > ALL_EXPERTS:
         raise UnsupportedModel(
-            f"{found} of {config['num_hidden_layers']} layers are not experts: a token goes through "
-            f"some of them, all are wider than 0, and a model has at most {ALL_EXPERTS}."
+            f"{found} of {config['num_hidden_layers']} layers are not experts: a token goes "
+            f"through some of them, all are wider than 0, and a model has at most {ALL_EXPERTS}."
         )
     return Moe(**{"experts": E, "experts_per_token": J, "width": found[width], **own})
 
@@ -213,7 +213,9 @@ def two_ropes(config: Config, base: float, local: float) -> tuple[Rope, Rope]:
             given["rope_theta"] = given.pop("rope_local_base_freq")
         settings = rope_settings({**given, "rope_parameters": parts.get(kind)}, usual)
         if settings.get("truncate") is False:  # the library looks for it elsewhere, in vain
-            raise UnsupportedModel("truncate=False in a part of rope_parameters (supported: [True]).")
+            raise UnsupportedModel(
+                "truncate=False in a part of rope_parameters (supported: [True])."
+            )
         found.append(read_rope(settings, usual, context))
     return found[0], found[1]
 

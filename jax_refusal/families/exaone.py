@@ -11,8 +11,8 @@ def read(config: Config) -> Architecture:
     pattern, window = config["sliding_window_pattern"], config.get("sliding_window")
     if window and config.get("layer_types") is None and not (isinstance(pattern, int) and pattern):
         raise UnsupportedModel(
-            f"sliding_window_pattern={shown(pattern)} without layer_types is not read (supported: a "
-            "whole number above 0, or layer_types)."
+            f"sliding_window_pattern={shown(pattern)} without layer_types is not read (supported: "
+            "a whole number above 0, or layer_types)."
         )
     windows = some_layers(config, lambda i: bool(window and (i + 1) % pattern))
     rope = one_rope(config)

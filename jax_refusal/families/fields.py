@@ -69,11 +69,11 @@ KINDS: dict[str, Kind] = {
     **_of(whole(1, LAYERS), "num_hidden_layers"),
     **_of(
         whole(1),
-        """hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim kv_channels
-        global_head_dim num_global_key_value_heads linear_conv_kernel_dim linear_key_head_dim
-        linear_value_head_dim linear_num_key_heads linear_num_value_heads mamba_n_heads
-        mamba_n_groups mamba_d_state mamba_d_conv mamba_expand full_attention_interval
-        no_rope_layer_interval decoder_sparse_step""",
+        """hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim
+        kv_channels global_head_dim num_global_key_value_heads linear_conv_kernel_dim
+        linear_key_head_dim linear_value_head_dim linear_num_key_heads
+        linear_num_value_heads mamba_n_heads mamba_n_groups mamba_d_state mamba_d_conv
+        mamba_expand full_attention_interval no_rope_layer_interval decoder_sparse_step""",
     ),
     # Of these 0 is none of them, in some families.
     **_of(
@@ -84,9 +84,12 @@ KINDS: dict[str, Kind] = {
     ),
     **_of(
         whole(1, TOKENS),
-        """vocab_size vocab_size_per_layer_input max_position_embeddings sliding_window seq_length""",
+        """vocab_size vocab_size_per_layer_input max_position_embeddings sliding_window
+        seq_length""",
     ),
-    **_of(whole(2, TOKENS), "original_max_position_embeddings"),  # longrope divides by its logarithm
+    **_of(
+        whole(2, TOKENS), "original_max_position_embeddings"
+    ),  # longrope divides by its logarithm
     **_of(whole(0, TOKENS), "max_window_layers"),
     **_of(either(whole(0), TEXT), "sliding_window_pattern mamba_d_head"),
     **_of(
@@ -123,17 +126,18 @@ KINDS: dict[str, Kind] = {
 OF_ALL_CONFIGS = """
     model_type architectures torch_dtype dtype transformers_version _name_or_path name_or_path
     _model_name_or_path _commit_hash auto_map tokenizer_class base_config_key is_composition
-    output_attentions _output_attentions output_hidden_states return_dict use_return_dict output_past
-    torchscript use_bfloat16 tf_legacy_loss xla_device chunk_size_feed_forward gradient_checkpointing
-    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
-    tie_encoder_decoder tie_last_hidden_states prefix task_specific_params finetuning_task
-    problem_type id2label label2id num_labels loss_type initializer_range use_cache
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id keys_to_ignore_at_inference ignore_keys_at_rope_validation
-    attn_implementation _attn_implementation _attn_implementation_autoset
-    _attn_implementation_internal experts_implementation _experts_implementation
-    _experts_implementation_internal _flash_attn_2_enabled base_model_tp_plan base_model_pp_plan
-    base_model_fsdp_plan base_model_ep_plan distributed_config tp_plan device_map
+    output_attentions _output_attentions output_hidden_states return_dict use_return_dict
+    output_past torchscript use_bfloat16 tf_legacy_loss xla_device chunk_size_feed_forward
+    gradient_checkpointing is_encoder_decoder is_decoder add_cross_attention
+    cross_attention_hidden_size tie_encoder_decoder tie_last_hidden_states prefix
+    task_specific_params finetuning_task problem_type id2label label2id num_labels loss_type
+    initializer_range use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
+    cls_token_id mask_token_id decoder_start_token_id keys_to_ignore_at_inference
+    ignore_keys_at_rope_validation attn_implementation _attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal experts_implementation
+    _experts_implementation _experts_implementation_internal _flash_attn_2_enabled
+    base_model_tp_plan base_model_pp_plan base_model_fsdp_plan base_model_ep_plan
+    distributed_config tp_plan device_map
 """
 # Files of before transformers 4.26 or so say how replies are sampled, too.
 OF_GENERATION = """

@@ -1,7 +1,5 @@
 """gpt-oss: attention sinks, and clamped experts with biases, which may lie in MXFP4."""
 
-from collections.abc import Mapping
-
 from jax_refusal.families.common import (
     attention,
     decoder,
@@ -41,8 +39,8 @@ def _check(config: Config) -> None:
     unknown = sorted(set(packed) - {"quant_method", "modules_to_not_convert"})
     if packed.get("quant_method") != "mxfp4" or unknown:
         problems.append(
-            f"quantization_config={shown(packed)} (supported: quant_method='mxfp4', with no other field "
-            "than modules_to_not_convert)"
+            f"quantization_config={shown(packed)} (supported: quant_method='mxfp4', with no other "
+            "field than modules_to_not_convert)"
         )
     count = config["num_experts_per_tok"]
     if config.get("experts_per_token", count) != count:
@@ -68,7 +66,8 @@ register(
         model_type="gpt_oss",
         read=read,
         fields="""attention_bias sliding_window? layer_types? num_local_experts num_experts_per_tok
-            experts_per_token initial_context_length swiglu_alpha swiglu_limit quantization_config?""",
+            experts_per_token initial_context_length swiglu_alpha swiglu_limit
+            quantization_config?""",
         required="num_key_value_heads head_dim num_local_experts num_experts_per_tok",
         defaults={"attention_bias": True, "sliding_window": 128, "swiglu_limit": 7.0},
         fixed={"swiglu_alpha": (1.702,)},

@@ -62,8 +62,8 @@ def _mamba(config: Config) -> Mamba2:
     divides(config["mamba_n_groups"], heads, "mamba_n_groups", "mamba_n_heads")
     if not width or width * heads != inner:
         raise UnsupportedModel(
-            f"mamba_n_heads={heads} of mamba_d_head={shown(width)} are not the {inner} channels that "
-            f"mamba_expand={config['mamba_expand']} makes of hidden_size."
+            f"mamba_n_heads={heads} of mamba_d_head={shown(width)} are not the {inner} channels "
+            f"that mamba_expand={config['mamba_expand']} makes of hidden_size."
         )
     return Mamba2(
         heads=heads,

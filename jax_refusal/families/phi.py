@@ -24,7 +24,9 @@ def read(config: Config) -> Architecture:
     names = {"su": "longrope", "yarn": "longrope"}  # what earlier files call it
     kind = scaling.get("rope_type", "default")
     if names.get(kind, kind) not in ("default", "longrope"):
-        raise UnsupportedModel(f"rope type {shown(kind)} is not supported; supported are ['default', 'longrope'].")
+        raise UnsupportedModel(
+            f"rope type {shown(kind)} is not supported; supported are ['default', 'longrope']."
+        )
     if kind != "default":
         original = config["original_max_position_embeddings"]
         scaling["original_max_position_embeddings"] = original

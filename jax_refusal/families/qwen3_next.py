@@ -38,7 +38,9 @@ def read(config: Config) -> Architecture:
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     divides(keys, values, "linear_num_key_heads", "linear_num_value_heads")
     mixers = {
-        FULL: attention(config, qk_norm="head", gate=True, rotary_width=turned(rope, config["head_dim"], share)),
+        FULL: attention(
+            config, qk_norm="head", gate=True, rotary_width=turned(rope, config["head_dim"], share)
+        ),
         LINEAR: DeltaNet(
             heads=values,
             key_heads=keys,

@@ -120,7 +120,9 @@ def architecture(config: Config, ignore: tuple[str, ...] = ()) -> Architecture:
     Raises UnsupportedModel with every problem found, not just the first.
     """
     if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
-        raise UnsupportedModel(f"This config has no name of a family in model_type: {shown(config)}.")
+        raise UnsupportedModel(
+            f"This config has no name of a family in model_type: {shown(config)}."
+        )
     wrapped = config["model_type"] in WRAPPERS
     if wrapped:
         config = _inside(config, ignore)

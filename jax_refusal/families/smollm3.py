@@ -21,7 +21,9 @@ def read(config: Config) -> Architecture:
     if turned is None:
         turned = [int((i + 1) % every != 0) for i in range(count)]
     if len(turned) < count:
-        raise UnsupportedModel(f"no_rope_layers={shown(turned)} is shorter than the {count} layers.")
+        raise UnsupportedModel(
+            f"no_rope_layers={shown(turned)} is shorter than the {count} layers."
+        )
     config = switched(config)
     windows = some_layers(config, lambda i: bool(config["sliding_window"]) and not turned[i])
     rope, still = one_rope(config, 2e6), [int(not on) for on in turned[:count]]

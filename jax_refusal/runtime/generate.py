@@ -38,8 +38,8 @@ def check_capacity(prompts: Prompts, max_new_tokens: int, arch: Architecture) ->
     if tokens + max_new_tokens > room:
         raise ContextError(
             f"A prompt of {tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"context of {room} tokens. Allow at most {max(0, room - tokens)} new tokens, or shorten "
-            "the prompts."
+            f"context of {room} tokens. Allow at most {max(0, room - tokens)} new tokens, or "
+            "shorten the prompts."
         )
 
 

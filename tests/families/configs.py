@@ -45,4 +45,5 @@ def written(family: str, **changed: Any) -> dict[str, Any]:
 
 def text(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of the text model, to be looked at or changed."""
-    return config.get("text_config", config)
+    inside = config.get("text_config")
+    return inside if isinstance(inside, dict) else config

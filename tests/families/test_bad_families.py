@@ -72,7 +72,9 @@ def test_a_rope_that_is_not_known(family: str, checkpoint: Checkpoint) -> None:
     # `seq_length` brings Qwen-1's own scaling into it too.
     extra = {"seq_length": 128} if family == "qwen" else {}
     config = changed(config, rope_parameters=rope, rope_scaling=None, **extra)
-    with pytest.raises(UnsupportedModel, match=r"rope type 'spiral' is not supported; supported are \["):
+    with pytest.raises(
+        UnsupportedModel, match=r"rope type 'spiral' is not supported; supported are \["
+    ):
         architecture(config)
 
 

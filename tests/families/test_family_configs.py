@@ -566,7 +566,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "another base": ({**OLMO3_7B, "rope_theta": 10000}, ["rope_theta=10000 (supported: [500000])"]),
     "activation of experts": ({**GPT_OSS_20B, "swiglu_alpha": 1.0}, ["swiglu_alpha=1.0"]),
-    "no clamp": ({**GPT_OSS_20B, "swiglu_limit": None}, ["swiglu_limit=None (supported: a finite number above 0)"]),
+    "no clamp": (
+        {**GPT_OSS_20B, "swiglu_limit": None},
+        ["swiglu_limit=None (supported: a finite number above 0)"],
+    ),
     "two numbers of experts": (
         {**GPT_OSS_20B, "experts_per_token": 8},
         ["experts_per_token=8 is not 4"],

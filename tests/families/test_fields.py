@@ -35,7 +35,7 @@ def with_field(family: str, name: str, value: Any) -> dict[str, Any]:
 def test_what_every_config_of_transformers_has_says_nothing() -> None:
     llama = written("llama")
     named = {**PreTrainedConfig().to_dict(), **GenerationConfig._get_default_generation_params()}
-    named |= dict.fromkeys(OF_EARLIER_VERSIONS.split(), {})
+    named |= {name: {} for name in OF_EARLIER_VERSIONS.split()}
     assert len(named) > 60
     assert architecture({**named, **llama}) == architecture(llama)
 
@@ -62,7 +62,7 @@ def nullable_there(model_type: str) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"qwen"}))
 def test_null_is_allowed_where_transformers_allows_it(name: str) -> None:
-    # Fields that its class only takes as more arguments; those of Gemma 4 that some files have null.
+    # Fields that its class only takes as more arguments; and those of Gemma 4 that are null.
     loose = {"num_global_key_value_heads", "rope_scaling", "quantization_config"}
     if name.startswith("gemma4"):
         loose |= {"hidden_size_per_layer_input", "moe_intermediate_size"}
@@ -150,10 +150,10 @@ def test_a_value_of_another_kind_is_refused_by_name(family: str, name: str, valu
     config = with_field(family, name, value)
     if name in ("rope_theta", "sliding_window_pattern", "partial_rotary_factor"):
         text(config).pop("rope_parameters", None), text(config).pop("layer_types", None)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(UnsupportedModel, match=name) as error:
         architecture(config)
-    assert time.monotonic() - started < 1 and len(str(error.value)) < 2000
+    assert time.process_time() - started < 1 and len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize("config", [None, [], "llama", {}, {"model_type": ["llama"]}])
@@ -164,7 +164,7 @@ def test_what_is_no_config(config: Any) -> None:
 
 def test_a_message_names_twenty_problems() -> None:
     config = {**written("llama"), **{f"new_{i}": "x" * 10**6 for i in range(10**4)}}
-    with pytest.raises(UnsupportedModel, match="new_0=.*and 9980 more") as error:
+    with pytest.raises(UnsupportedModel, match=r"new_0=.*and 9980 more") as error:
         architecture(config)
     assert len(str(error.value)) < 20_000
 
@@ -178,8 +178,12 @@ def test_two_names_of_one_field() -> None:
 
 def test_a_field_that_a_reader_asks_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax_refusal.families.registry.FAMILIES", dict(FAMILIES))
-    register(Family(
-        model_type="odd", fields="attention_bias mlp_bias pretraining_tp", read=lambda c: c["oddness"]
-    ))
+    register(
+        Family(
+            model_type="odd",
+            fields="attention_bias mlp_bias pretraining_tp",
+            read=lambda c: c["oddness"],
+        )
+    )
     with pytest.raises(UnsupportedModel, match="odd config has no field oddness"):
         architecture({**written("llama"), "model_type": "odd"})

@@ -193,14 +193,20 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "old rope": ({"rope_theta": 1e4}, r"rope_theta=10000.0 \(supported: \[None\]\)"),
     "one rope": ({"rope_parameters": ROPES[FULL]}, "rope_parameters=.*are not of"),
     "kinds": ({"layer_types": ["chunked_attention"] * 35}, "layer_types=.*not supported"),
-    "no width": ({"global_head_dim": None}, r"global_head_dim=None \(supported: a whole number from 1 "),
+    "no width": (
+        {"global_head_dim": None},
+        r"global_head_dim=None \(supported: a whole number from 1 ",
+    ),
     "heads": (
         {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
         "num_global_key_value_heads=3 does not divide num_attention_heads=8",
     ),
     "local heads": ({"num_key_value_heads": 3}, "^num_key_value_heads=3 does not divide"),
     "no local width": ({"head_dim": 0}, r"head_dim=0 \(supported: a whole number from 1 "),
-    "nothing wide": ({"global_head_dim": 0}, r"global_head_dim=0 \(supported: a whole number from 1 "),
+    "nothing wide": (
+        {"global_head_dim": 0},
+        r"global_head_dim=0 \(supported: a whole number from 1 ",
+    ),
     "heads of a layer": (
         {"per_layer_config": {"4": {"num_key_value_heads": 3}}},
         r"per_layer_config\.4\.num_key_value_heads=3 does not divide",

@@ -27,7 +27,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read(family: str = "llama", **rope: Any) -> Any:
-    config = {k: v for k, v in written(family).items() if k not in ("rope_parameters", "rope_theta")}
+    config = {
+        k: v for k, v in written(family).items() if k not in ("rope_parameters", "rope_theta")
+    }
     return architecture({**config, **rope}).ropes
 
 
@@ -40,7 +42,9 @@ def old(kind: dict[str, Any]) -> dict[str, Any]:
 def test_both_schemas_that_agree(kind: dict[str, Any]) -> None:
     new = read(rope_parameters={**kind, "rope_theta": 5e5})
     assert new == read(rope_scaling=old(kind), rope_theta=500000)
-    assert new == read(rope_scaling=kind, rope_theta=5e5, rope_parameters={**kind, "rope_theta": 5e5})
+    assert new == read(
+        rope_scaling=kind, rope_theta=5e5, rope_parameters={**kind, "rope_theta": 5e5}
+    )
     assert new == read(rope_theta=5e5, rope_parameters={**kind, "rope_theta": 5e5})
     assert new == read(rope_theta=5e5, rope_parameters=kind, rope_scaling=None)
     assert new == read(rope_theta=5e5, rope_parameters={**kind, "type": kind["rope_type"]})
@@ -68,9 +72,13 @@ def test_both_schemas_where_layers_differ() -> None:
     new = read("gemma3_text", rope_parameters=parts)
     both = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaling}
     assert new == read("gemma3_text", **both) == read("gemma3_text", **both, rope_parameters=parts)
-    with pytest.raises(UnsupportedModel, match="rope_theta=1000000.0 differ"):
-        read("gemma3_text", **both, rope_parameters={**parts, SLIDING: {"rope_theta": 1e6}, FULL: {"rope_theta": 9e5}})
-    with pytest.raises(UnsupportedModel, match="rope_parameters=.* other parts than"):
+    with pytest.raises(UnsupportedModel, match=r"rope_theta=1000000.0 differ"):
+        read(
+            "gemma3_text",
+            **both,
+            rope_parameters={**parts, SLIDING: {"rope_theta": 1e6}, FULL: {"rope_theta": 9e5}},
+        )
+    with pytest.raises(UnsupportedModel, match=r"rope_parameters=.* other parts than"):
         read("gemma3_text", rope_parameters=scaling)  # of which transformers takes no notice
 
 
@@ -119,7 +127,7 @@ def test_dynamic_ntk_changes_nothing_up_to_the_context() -> None:
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
 def test_kinds_that_phi_has_not(kind: str) -> None:
     kinds = {"llama3": LLAMA3}
-    with pytest.raises(UnsupportedModel, match="rope type|long_factor"):
+    with pytest.raises(UnsupportedModel, match=r"rope type|long_factor"):
         read("phi3", rope_parameters=kinds.get(kind, {"rope_type": kind, "factor": 4.0}))
 
 

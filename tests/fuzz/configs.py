@@ -47,7 +47,6 @@ SOUND: dict[str, list[Any]] = {
     "attn_logit_softcapping": [1.5, 50.0],
     "final_logit_softcapping": [1.5, 30.0],
     "swiglu_limit": [0.7, 7.0],
-    "partial_rotary_factor": [0.5, 1.0],
     "no_rope_layer_interval": [2, 3],
     "residual_multiplier": [0.3, 1.0],
     "embedding_multiplier": [2.0, 12],
@@ -56,8 +55,7 @@ SOUND: dict[str, list[Any]] = {
     "linear_conv_kernel_dim": [2, 4],
     "mamba_d_conv": [2, 4],
 }
-LAYERED = ("layer_types", "no_rope_layers", "per_layer_config")
-GIVEN_ROPES = {name: rope for name, rope in ROPES.items() if name != "proportional"}
+LAYERED = ("layer_types", "no_rope_layers", "per_layer_config", "num_kv_shared_layers")
 
 
 @cache
@@ -75,21 +73,21 @@ def generator(seed: int, number: int) -> random.Random:
 
 
 def sound(rng: random.Random) -> Config:
-    """A config that is to be read, and computed as transformers does."""
-    config: Config = json.loads(rng.choice(bases()))
+    """A config that is to be read, and computed as transformers does; of no Qwen-1."""
+    config: Config = json.loads(rng.choice([base for base in bases() if "kv_channels" not in base]))
     own = text(config)
-    fixed = {**FIXED, **FAMILIES[own["model_type"]].fixed}
-    deep = any(name in own for name in LAYERED) or "num_kv_shared_layers" in own
+    kept = {*FIXED, *FAMILIES[own["model_type"]].fixed}
+    if any(name in own for name in LAYERED):
+        kept.add("num_hidden_layers")
+    if "linear_key_head_dim" in own:  # a quarter of a head is turned, and a narrow state is little
+        kept |= {"head_dim", "rms_norm_eps"}
     for name, values in SOUND.items():
-        layered = name == "num_hidden_layers" and deep
-        if own.get(name) is not None and name not in fixed and not layered and rng.random() < 0.4:
+        if own.get(name) is not None and name not in kept and rng.random() < 0.4:
             own[name] = rng.choice(values)
-    if isinstance(own.get("rope_parameters"), dict) and rng.random() < 0.5:
-        own["rope_parameters"] = {
-            **own["rope_parameters"],
-            "rope_theta": 500000.0 if own["model_type"] == "olmo3" else rng.choice([50.0, 1e4]),
-        } if "rope_theta" in own["rope_parameters"] else own["rope_parameters"]
-    if rng.random() < 0.3 and own["model_type"] != "qwen":
+    rope = own.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        rope["rope_theta"] = rng.choice([50.0, 1e4, 1e6])
+    if rng.random() < 0.3:
         own |= {"unk_token_id": 3, "_name_or_path": "somewhere", "temperature": 0.7}
     return config
 
@@ -120,7 +118,9 @@ def _change(rng: random.Random, fields: Config) -> None:
     elif kind < 0.55:
         fields.pop(name, None)
     elif kind < 0.65 and isinstance(fields.get(name), int | float):
-        fields[name] = rng.choice([fields[name] * 2, fields[name] // 2, fields[name] + 1, -fields[name]])
+        fields[name] = rng.choice(
+            [fields[name] * 2, fields[name] // 2, fields[name] + 1, -fields[name]]
+        )
     elif kind < 0.72 and isinstance(fields.get(name), list):
         _change_list(rng, fields[name])
     elif kind < 0.8:

@@ -42,7 +42,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
 }
 NESTED = ("gemma3_text", "olmo3", "gemma4_text", "gemma4_unified_text")
-HAVE_SHARE = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")  # for which proportional has no name
+HAVE_SHARE = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)  # for which proportional has no name
 TEXT = sorted(set(FAMILIES) - set(INSIDE))
 # What transformers refuses, too, or has no whole setting for.
 NOT_HERE = {
