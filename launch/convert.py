@@ -29,6 +29,9 @@ DTYPE = flags.DEFINE_string(
     "float32, bfloat16 or float16 (computed in float32); empty is what the source's config.json "
     "says. Packed weights leave as bfloat16, those of a GGUF file as float32.",
 )
+IGNORE = flags.DEFINE_list(
+    "ignore_config_fields", [], "Fields of the source's config.json that you vouch for."
+)
 APPROXIMATE = flags.DEFINE_bool(
     "approximate", False, "Go on where an edit of the weights is not exact; the card measures it."
 )
@@ -50,6 +53,7 @@ def main(_: list[str]) -> None:
         coefficient=COEFFICIENT.value,
         dtype=DTYPE.value,
         approximate=APPROXIMATE.value,
+        ignore_config_fields=tuple(IGNORE.value),
     )
     print(convert(request, common.log))
 

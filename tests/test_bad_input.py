@@ -215,8 +215,8 @@ def test_quantised_weights(workdir, broken: Path):
         ),
         ({"hidden_act": "relu"}, ["hidden_act='relu' (supported: ['silu'])"]),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
-            ["rope type 'dynamic' is not supported", "llama3"],
+            {"rope_parameters": {"rope_type": "spiral", "factor": 4.0, "rope_theta": 1e4}},
+            ["rope type 'spiral' is not supported", "llama3"],
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "beta": 1, "rope_theta": 1e4}},

@@ -14,8 +14,9 @@ from jax_refusal.families.common import (
     some_layers,
     two_ropes,
 )
+from jax_refusal.families.fields import shown
 from jax_refusal.families.registry import Config, Family, Gguf, Wrapper, register
-from jax_refusal.models.spec import Architecture, Attention, Naming
+from jax_refusal.models.spec import Architecture, Attention, Naming, UnsupportedModel
 
 GELU = {
     "hidden_act": ("gelu_pytorch_tanh",),
@@ -37,9 +38,11 @@ def read_gemma2(config: Config) -> Architecture:
 
 def read_gemma3(config: Config) -> Architecture:
     """Layers with a window have a rotary base of their own; a scaling is for the others."""
-    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    pattern = config["sliding_window_pattern"]
+    if not isinstance(pattern, int) or not pattern:
+        raise UnsupportedModel(f"sliding_window_pattern={shown(pattern)} (supported: above 0).")
     windows = some_layers(config, lambda i: (i + 1) % pattern != 0)
-    ropes = two_ropes(config, 1e6, config.get("rope_local_base_freq") or 10000.0)
+    ropes = two_ropes(config, 1e6, 1e4)
     specs = layers(
         config,
         _capped(config, qk_norm="head"),
@@ -80,8 +83,8 @@ WINDOW = {"sliding_window": "attention.sliding_window"}
 GEMMA2 = Family(
     model_type="gemma2",
     read=read_gemma2,
-    fields="""attention_bias hidden_activation query_pre_attn_scalar sliding_window layer_types
-        attn_logit_softcapping final_logit_softcapping use_bidirectional_attention
+    fields="""attention_bias hidden_activation query_pre_attn_scalar sliding_window? layer_types?
+        attn_logit_softcapping? final_logit_softcapping? use_bidirectional_attention
         sliding_window_size""",  # the last repeats sliding_window in some files
     required="num_key_value_heads head_dim",
     defaults={
@@ -134,6 +137,7 @@ register(
             "tie_word_embeddings": True,
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
+            "sliding_window_pattern": 6,
         },
         # The library reads a cap on scores for this family and then does not apply it.
         fixed={**GELU, "attn_logit_softcapping": (None,)},

@@ -14,11 +14,14 @@ from jax_refusal.families.common import (
     SLIDING,
     attention,
     decoder,
+    divides,
+    experts,
     mlp,
     some_layers,
     stored,
     two_ropes,
 )
+from jax_refusal.families.fields import Given, ill_typed, shown
 from jax_refusal.families.registry import Config, Family, Wrapper, register
 from jax_refusal.models.spec import (
     Architecture,
@@ -68,7 +71,7 @@ def _windows(config: Config) -> tuple[int, ...]:  # [L]
 
 def _kv_sources(config: Config, windows: tuple[int, ...]) -> tuple[int | None, ...]:  # [L]
     """The last layers attend to the keys and values of the last layer of their kind before them."""
-    count, layers = config.get("num_kv_shared_layers") or 0, len(windows)
+    count, layers = config.get("num_kv_shared_layers", 0), len(windows)
     own = range(layers - count)
     last = {bool(windows[i]): i for i in own}
     needed = {bool(window) for window in windows[len(own) :]}
@@ -107,18 +110,17 @@ def _mixers(
 def _heads(config: Config, windows: tuple[int, ...]) -> list[tuple[int, int]]:  # [L] of (K, G)
     """As the hub's files say it by kind, or as transformers 5 writes it by layer."""
     queries = config["num_attention_heads"]
-    config = {**config, "num_key_value_heads": config["num_key_value_heads"] or queries}
-    _check_per_layer(config.get("per_layer_config") or {}, len(windows))
+    given = config.get("per_layer_config")
+    if given is not None:  # files may have 04 for 4
+        config = Given({**config, "per_layer_config": _by_layer(given, len(windows))})
     found = []
     for layer, window in enumerate(windows):
         (width_field, width), (heads_field, heads) = _said_of_heads(config, layer, window)
-        for field, value in ((width_field, width), (heads_field, heads)):
-            if not isinstance(value, int) or value < 1:
-                raise UnsupportedModel(f"{field}={value!r} is no number above 0.")
-        if queries % heads:
-            raise UnsupportedModel(
-                f"{heads_field}={heads!r} does not divide num_attention_heads={queries}."
-            )
+        said = {"head_dim": width, "num_key_value_heads": heads}
+        fields = {"head_dim": width_field, "num_key_value_heads": heads_field}
+        if problems := ill_typed(said, called=fields):
+            raise UnsupportedModel("; ".join(problems) + ".")
+        divides(heads, queries, heads_field, "num_attention_heads")
         found.append((width, heads))
     return found
 
@@ -140,14 +142,16 @@ def _said_of_heads(config: Config, layer: int, window: int) -> list[tuple[str, A
     return [(width, config[width]), (heads, config[heads])]
 
 
-def _check_per_layer(given: Mapping[str, Mapping[str, Any]], layers: int) -> None:
+def _by_layer(given: Mapping[str, Any], layers: int) -> dict[str, Mapping[str, Any]]:
     usual = {"head_dim", "num_key_value_heads"}
-    numbers = {str(i) for i in range(layers)}
-    if not set(given) <= numbers or any(set(own) - usual for own in given.values()):
+    found = {name.lstrip("0") or "0": own for name, own in given.items()}
+    known = all(isinstance(own, Mapping) and set(own) <= usual for own in found.values())
+    if not set(found) <= set(map(str, range(layers))) or not known or len(found) < len(given):
         raise UnsupportedModel(
-            f"per_layer_config={dict(given)!r}: supported are the numbers of layers, "
+            f"per_layer_config={shown(given)}: supported are the numbers of layers, "
             f"0..{layers - 1}, and for each of them {sorted(usual)}."
         )
+    return found
 
 
 def _branches(config: Config, shares_kv: bool) -> tuple[tuple[str, Branch], ...]:
@@ -169,15 +173,21 @@ def _experts(config: Config) -> Moe:
     missing = [name for name in names if not config.get(name)]
     if missing:
         raise UnsupportedModel(f"enable_moe_block=True and {missing} are not given.")
-    experts, count, width = (config[name] for name in names)
-    return Moe(experts=experts, experts_per_token=count, width=width, activation="gelu_tanh")
+    count, each, width = names
+    return experts(config, count, each=each, width=width, activation="gelu_tanh")
 
 
 def _ropes(config: Config) -> tuple[Rope, Rope]:
-    settings = config.get("rope_parameters") or DEFAULTS["rope_parameters"]
-    if set(settings) != {FULL, SLIDING}:
-        raise UnsupportedModel(f"rope_parameters={settings!r} are not of {[FULL, SLIDING]}.")
-    full, local = two_ropes({**config, "rope_parameters": settings}, 1e6, 1e4)
+    settings = config.get("rope_parameters")
+    if settings is None:
+        settings = DEFAULTS["rope_parameters"]
+    parts = settings.values()
+    based = all(isinstance(part, Mapping) and "rope_theta" in part for part in parts)
+    if set(settings) != {FULL, SLIDING} or not based:
+        raise UnsupportedModel(
+            f"rope_parameters={shown(settings)} are not of {[FULL, SLIDING]}, each with rope_theta."
+        )
+    full, local = two_ropes(Given({**config, "rope_parameters": settings}), 1e6, 1e4)
     return local, full
 
 
@@ -259,11 +269,11 @@ def family(model_type: str, defaults: Config, fixed: Mapping[str, tuple], name: 
     return Family(
         model_type=model_type,
         read=read,
-        fields="""attention_bias hidden_activation sliding_window layer_types
-            final_logit_softcapping use_bidirectional_attention attention_k_eq_v
-            num_kv_shared_layers use_double_wide_mlp enable_moe_block num_experts top_k_experts
-            moe_intermediate_size hidden_size_per_layer_input vocab_size_per_layer_input
-            global_head_dim num_global_key_value_heads per_layer_config""",
+        fields="""attention_bias hidden_activation sliding_window layer_types?
+            final_logit_softcapping? use_bidirectional_attention attention_k_eq_v
+            num_kv_shared_layers use_double_wide_mlp enable_moe_block num_experts? top_k_experts?
+            moe_intermediate_size? hidden_size_per_layer_input? vocab_size_per_layer_input
+            global_head_dim num_global_key_value_heads? per_layer_config""",
         defaults=defaults,
         fixed=fixed,
         namings=(NAMING,),

@@ -4,7 +4,18 @@ see every token; and, in Granite 4, Mamba-2 layers among those of attention."""
 import dataclasses
 import math
 
-from jax_refusal.families.common import FULL, attention, decoder, mlp, one_rope, stored
+from jax_refusal.families.common import (
+    FULL,
+    attention,
+    decoder,
+    divides,
+    experts,
+    layer_types,
+    mlp,
+    one_rope,
+    stored,
+)
+from jax_refusal.families.fields import shown
 from jax_refusal.families.qwen3_next import LINEAR
 from jax_refusal.families.registry import Config, Family, register
 from jax_refusal.models.spec import (
@@ -13,7 +24,6 @@ from jax_refusal.models.spec import (
     LayerSpec,
     Mamba2,
     Mixer,
-    Moe,
     Naming,
     Rope,
     UnsupportedModel,
@@ -30,18 +40,15 @@ def read_moe(config: Config) -> Architecture:
 
 def read_hybrid(config: Config) -> Architecture:
     names = {"mamba": LINEAR, "attention": FULL}  # as the files of Granite 4 have it
-    types = [names.get(each, each) for each in map(str, config["layer_types"])]
-    if len(types) != config["num_hidden_layers"] or not set(types) <= {FULL, LINEAR}:
-        raise UnsupportedModel(
-            f"layer_types={config['layer_types']!r} is not supported: "
-            f"{config['num_hidden_layers']} of {[*names, LINEAR, FULL]} are needed."
-        )
+    types = layer_types(config, lambda i: LINEAR, {**names, LINEAR: LINEAR, FULL: FULL})
     mixers: dict[str, Mixer] = {FULL: _attention(config)}
     if LINEAR in types:
         mixers[LINEAR] = _mamba(config)
-    branch = _experts(config)
-    if not config["num_local_experts"]:
-        branch = mlp(config, width=config["shared_intermediate_size"])
+    if not config["shared_intermediate_size"]:
+        raise UnsupportedModel("shared_intermediate_size=0 (supported: above 0).")
+    branch: Branch = mlp(config, width=config["shared_intermediate_size"])
+    if config["num_local_experts"]:
+        branch = _experts(config)
     rope = one_rope(config)
     if config["position_embedding_type"] != "rope":
         rope = Rope(base=rope.base, kind="none")
@@ -52,10 +59,11 @@ def _mamba(config: Config) -> Mamba2:
     heads, inner = config["mamba_n_heads"], config["mamba_expand"] * config["hidden_size"]
     width = config["mamba_d_head"]
     width = inner // heads if width == "auto" else width
-    if width * heads != inner:
+    divides(config["mamba_n_groups"], heads, "mamba_n_groups", "mamba_n_heads")
+    if not width or width * heads != inner:
         raise UnsupportedModel(
-            f"mamba_n_heads={heads} of mamba_d_head={width} are not the {inner} channels that "
-            f"mamba_expand={config['mamba_expand']} makes of hidden_size."
+            f"mamba_n_heads={heads} of mamba_d_head={shown(width)} are not the {inner} channels "
+            f"that mamba_expand={config['mamba_expand']} makes of hidden_size."
         )
     return Mamba2(
         heads=heads,
@@ -68,11 +76,8 @@ def _mamba(config: Config) -> Mamba2:
 
 
 def _experts(config: Config) -> Branch:
-    return Moe(
-        experts=config["num_local_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        width=config["intermediate_size"],
-        shared_width=config.get("shared_intermediate_size") or 0,
+    return experts(
+        config, "num_local_experts", shared_width=config.get("shared_intermediate_size") or 0
     )
 
 
@@ -125,14 +130,14 @@ IN_MEMORY = {  # as transformers 5 has it
 GRANITE = Family(
     model_type="granite",
     read=read_granite,
-    fields=f"{MULTIPLIERS} attention_bias mlp_bias",
+    fields=f"{MULTIPLIERS} attention_bias mlp_bias num_key_value_heads?",
     defaults=dict.fromkeys(MULTIPLIERS.split(), 1.0),
 )
 MOE = dataclasses.replace(
     GRANITE,
     model_type="granitemoe",
     read=read_moe,
-    fields=f"{MULTIPLIERS} {ROUTED} attention_bias output_router_logits router_aux_loss_coef",
+    fields=f"{MULTIPLIERS} {ROUTED} attention_bias num_key_value_heads?",
     required=ROUTED,
     namings=(Naming(tensors=stored(**HUB)), Naming(tensors=stored(**IN_MEMORY))),
 )

@@ -14,7 +14,8 @@ register(
     Family(
         model_type="llama",
         read=read,
-        fields="attention_bias mlp_bias pretraining_tp rope_interleaved",
+        fields="""attention_bias mlp_bias pretraining_tp rope_interleaved num_key_value_heads?
+            head_dim?""",
         export_class="LlamaForCausalLM",
         has_mlp_bias_field=True,
         gguf=Gguf(architecture="llama", interleaved=True, bias_field="attention_bias"),

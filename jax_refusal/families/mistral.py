@@ -4,15 +4,17 @@ from jax_refusal.families.common import (
     attention,
     decoder,
     every_layer,
+    experts,
     layers,
     mlp,
     one_rope,
     stored,
 )
+from jax_refusal.families.fields import ill_typed, shown
 from jax_refusal.families.qwen import FUSED_EXPERTS
 from jax_refusal.families.registry import Config, Family, Wrapper, register
-from jax_refusal.families.rope_fields import read_rope, rope_settings
-from jax_refusal.models.spec import Architecture, Moe, Naming, UnsupportedModel
+from jax_refusal.families.rope_fields import REQUIRED, read_rope, rope_settings
+from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 
 def read_mistral(config: Config) -> Architecture:
@@ -20,30 +22,27 @@ def read_mistral(config: Config) -> Architecture:
     return decoder(config, specs, (one_rope(config),))
 
 
+GROWTH = ("llama_4_scaling_beta", "original_max_position_embeddings")
+
+
 def read_ministral3(config: Config) -> Architecture:
     """Queries grow with the logarithm of how often the original context has passed."""
-    settings = rope_settings(config)
-    scale = settings.pop("llama_4_scaling_beta", None)
+    settings = rope_settings(config, 10000.0)
     settings.pop("max_position_embeddings", None)
-    period = settings.get("original_max_position_embeddings")
-    if scale is None or period is None:
-        raise UnsupportedModel(
-            f"rope_parameters={settings!r} lacks llama_4_scaling_beta or "
-            "original_max_position_embeddings."
-        )
-    base, context = config.get("rope_theta") or 1e6, config["max_position_embeddings"]
-    rope = read_rope(settings, base, context)
+    growth = {name: settings.get(name) for name in GROWTH}
+    if problems := ill_typed(growth):
+        raise UnsupportedModel(f"rope_parameters={shown(settings)}: " + "; ".join(problems) + ".")
+    scale, period = growth.values()
+    for name in growth.keys() - REQUIRED.get(settings["rope_type"], {}).keys():
+        del settings[name]
+    rope = read_rope(settings, 10000.0, config["max_position_embeddings"])
     specs = layers(config, attention(config), mlp(config), windows=every_layer(config))
     return decoder(config, specs, (rope,), query_scale=scale, query_period=period)
 
 
 def read_mixtral(config: Config) -> Architecture:
-    experts = Moe(
-        experts=config["num_local_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        width=config["intermediate_size"],
-    )
-    specs = layers(config, attention(config), experts, windows=every_layer(config))
+    branch = experts(config, "num_local_experts")
+    specs = layers(config, attention(config), branch, windows=every_layer(config))
     return decoder(config, specs, (one_rope(config, 1e6),))
 
 
@@ -53,7 +52,7 @@ register(
     Family(
         model_type="mistral",
         read=read_mistral,
-        fields="sliding_window",
+        fields="sliding_window? head_dim?",
         required="num_key_value_heads",
         export_class="MistralForCausalLM",
     )
@@ -62,7 +61,7 @@ register(
     Family(
         model_type="ministral3",
         read=read_ministral3,
-        fields="sliding_window",
+        fields="sliding_window?",
         required="num_key_value_heads head_dim",
         export_class="Ministral3ForCausalLM",
     )
@@ -71,8 +70,7 @@ register(
     Family(
         model_type="mixtral",
         read=read_mixtral,
-        fields="""sliding_window num_local_experts num_experts_per_tok output_router_logits
-            router_aux_loss_coef router_jitter_noise""",
+        fields="sliding_window? head_dim? num_local_experts num_experts_per_tok",
         required="num_key_value_heads num_local_experts num_experts_per_tok",
         namings=(
             Naming(

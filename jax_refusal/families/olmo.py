@@ -3,6 +3,7 @@
 from jax_refusal.families.common import (
     attention,
     decoder,
+    experts,
     layers,
     mlp,
     one_rope,
@@ -11,7 +12,7 @@ from jax_refusal.families.common import (
 )
 from jax_refusal.families.qwen import FUSED_EXPERTS
 from jax_refusal.families.registry import Config, Family, register
-from jax_refusal.models.spec import Architecture, Moe, Naming
+from jax_refusal.models.spec import Architecture, Naming
 
 
 def read_olmo2(config: Config) -> Architecture:
@@ -36,22 +37,17 @@ def read_olmo3(config: Config) -> Architecture:
 
 
 def read_olmoe(config: Config) -> Architecture:
-    experts = Moe(
-        experts=config["num_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        width=config["intermediate_size"],
-        norm_topk_prob=bool(config["norm_topk_prob"]),
-    )
-    specs = layers(config, attention(config, qk_norm="projection"), experts)
+    branch = experts(config, "num_experts", norm_topk_prob=bool(config["norm_topk_prob"]))
+    specs = layers(config, attention(config, qk_norm="projection"), branch)
     return decoder(config, specs, (one_rope(config),))
 
 
-register(Family(model_type="olmo2", read=read_olmo2, fields="attention_bias"))
+register(Family(model_type="olmo2", read=read_olmo2, fields="attention_bias num_key_value_heads?"))
 register(
     Family(
         model_type="olmo3",
         read=read_olmo3,
-        fields="attention_bias sliding_window layer_types",
+        fields="attention_bias sliding_window? layer_types? num_key_value_heads?",
         required="num_key_value_heads",
         defaults={"sliding_window": 4096},
         # Of another base the library keeps only one half; files of today have this one.
@@ -63,7 +59,7 @@ register(
         model_type="olmoe",
         read=read_olmoe,
         fields="""attention_bias clip_qkv num_experts num_experts_per_tok norm_topk_prob
-            output_router_logits router_aux_loss_coef""",
+            num_key_value_heads?""",
         required="num_experts num_experts_per_tok",
         defaults={"norm_topk_prob": False},
         renamed={"num_local_experts": "num_experts"},  # as transformers 5 may have it

@@ -1,38 +1,49 @@
 """Phi-3 and Phi-4-mini."""
 
-from jax_refusal.families.common import attention, decoder, every_layer, layers, mlp, stored
+import dataclasses
+
+from jax_refusal.families.common import (
+    attention,
+    decoder,
+    every_layer,
+    layers,
+    mlp,
+    stored,
+    turned,
+)
+from jax_refusal.families.fields import shown
 from jax_refusal.families.registry import Config, Family, register
 from jax_refusal.families.rope_fields import read_rope, rope_settings
-from jax_refusal.models.spec import Architecture, Naming
+from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 
 def read(config: Config) -> Architecture:
-    """Some channels of a head are not turned; longrope is exact up to the original context."""
-    scaling = rope_settings(config)
-    share = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    context, original = (
-        config["max_position_embeddings"],
-        config["original_max_position_embeddings"],
-    )
-    if (scaling.get("rope_type") or scaling.get("type") or "default") != "default":
-        scaling["original_max_position_embeddings"] = original
+    """Some channels of a head are not turned; how they are turned, the length of a prompt says."""
+    scaling = rope_settings(config, 10000.0)
+    share = scaling.pop("partial_rotary_factor", 1.0)
     names = {"su": "longrope", "yarn": "longrope"}  # what earlier files call it
-    rope = read_rope(scaling, config.get("rope_theta") or 10000.0, context, names)
-    head_width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    # Beyond the original context longrope turns by other frequencies, from the first token on.
-    exact = min(context, original) if rope.kind == "longrope" else context
-    mixer = attention(config, rotary_width=int(head_width * share))
+    kind = scaling.get("rope_type", "default")
+    if names.get(kind, kind) not in ("default", "longrope"):
+        raise UnsupportedModel(
+            f"rope type {shown(kind)} is not supported; supported are ['default', 'longrope']."
+        )
+    if kind != "default":
+        original = config["original_max_position_embeddings"]
+        scaling["original_max_position_embeddings"] = original
+    rope = read_rope(scaling, 10000.0, config["max_position_embeddings"], names)
+    mixer = attention(config)
+    mixer = dataclasses.replace(mixer, rotary_width=turned(rope, mixer.head_width, share))
     specs = layers(config, mixer, mlp(config), windows=every_layer(config))
-    return decoder(config, specs, (rope,), context=exact)
+    return decoder(config, specs, (rope,))
 
 
 register(
     Family(
         model_type="phi3",
         read=read,
-        fields="""original_max_position_embeddings partial_rotary_factor sliding_window
-            resid_pdrop embd_pdrop attention_bias mlp_bias lm_head_bias interpolation_factor
-            full_attn_mod""",
+        fields="""original_max_position_embeddings partial_rotary_factor sliding_window?
+            attention_bias mlp_bias lm_head_bias interpolation_factor full_attn_mod
+            num_key_value_heads?""",
         defaults={"original_max_position_embeddings": 4096},
         fixed={
             "attention_bias": (False,),

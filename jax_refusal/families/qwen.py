@@ -7,6 +7,7 @@ from jax_refusal.families.common import (
     attention,
     decoder,
     every_layer,
+    experts,
     layers,
     mlp,
     one_rope,
@@ -15,7 +16,7 @@ from jax_refusal.families.common import (
     switched,
 )
 from jax_refusal.families.registry import Config, Family, Gguf, register
-from jax_refusal.models.spec import Architecture, Moe, Naming
+from jax_refusal.models.spec import Architecture, Naming
 
 # As transformers 5 holds experts in memory, and stores them if told to.
 FUSED_EXPERTS = Naming(
@@ -41,14 +42,14 @@ def read_qwen3(config: Config) -> Architecture:
 
 def read_qwen3_moe(config: Config) -> Architecture:
     """Every layer routed, with a width of its own for experts."""
-    experts = Moe(
-        experts=config["num_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        width=config["moe_intermediate_size"],
+    branch = experts(
+        config,
+        "num_experts",
+        width="moe_intermediate_size",
         norm_topk_prob=bool(config["norm_topk_prob"]),
     )
     own = every_layer(switched(config))
-    specs = layers(config, attention(config, qk_norm="head"), experts, windows=own)
+    specs = layers(config, attention(config, qk_norm="head"), branch, windows=own)
     return decoder(config, specs, (one_rope(config),))
 
 
@@ -62,7 +63,8 @@ def windows(config: Config) -> tuple[int, ...]:  # [L] tokens
 QWEN2 = Family(
     model_type="qwen2",
     read=read_qwen2,
-    fields="use_sliding_window sliding_window max_window_layers layer_types use_mrope",
+    fields="""use_sliding_window sliding_window? max_window_layers layer_types? use_mrope
+        num_key_value_heads?""",
     required="num_key_value_heads",
     defaults={"max_window_layers": 28},
     gguf=Gguf(architecture="qwen2"),
@@ -82,9 +84,9 @@ register(
     Family(
         model_type="qwen3_moe",
         read=read_qwen3_moe,
-        fields="""attention_bias use_sliding_window sliding_window max_window_layers num_experts
-            num_experts_per_tok moe_intermediate_size norm_topk_prob
-            decoder_sparse_step mlp_only_layers output_router_logits router_aux_loss_coef""",
+        fields="""attention_bias use_sliding_window sliding_window? max_window_layers num_experts
+            num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+            mlp_only_layers""",
         required="num_key_value_heads head_dim num_experts num_experts_per_tok norm_topk_prob "
         "moe_intermediate_size",
         renamed={"num_local_experts": "num_experts"},  # as transformers 5 has it

@@ -41,7 +41,7 @@ register(
         read=read,
         fields="""seq_length kv_channels no_bias rotary_pct scale_attn_weights use_dynamic_ntk
             use_logn_attn use_cache_quantization use_cache_kernel softmax_in_fp32 onnx_safe
-            use_flash_attn bf16 fp16 fp32 attn_dropout_prob emb_dropout_prob""",
+            use_flash_attn bf16 fp16 fp32""",
         required="seq_length kv_channels no_bias rotary_pct scale_attn_weights",
         renamed={"layer_norm_epsilon": "rms_norm_eps", "rotary_emb_base": "rope_theta"},
         fixed={

@@ -3,7 +3,17 @@ one of gated softmax attention, with an MLP or with experts of which one sees ev
 
 import dataclasses
 
-from jax_refusal.families.common import FULL, attention, decoder, mlp, stored
+from jax_refusal.families.common import (
+    FULL,
+    attention,
+    decoder,
+    divides,
+    experts,
+    layer_types,
+    mlp,
+    stored,
+    turned,
+)
 from jax_refusal.families.qwen import FUSED_EXPERTS
 from jax_refusal.families.registry import Config, Family, Wrapper, register
 from jax_refusal.families.rope_fields import read_rope, rope_settings
@@ -12,7 +22,6 @@ from jax_refusal.models.spec import (
     Branch,
     DeltaNet,
     LayerSpec,
-    Moe,
     Naming,
     UnsupportedModel,
 )
@@ -21,40 +30,33 @@ LINEAR = "linear_attention"
 
 
 def read(config: Config) -> Architecture:
-    scaling = rope_settings(config)
+    scaling = rope_settings(config, 10000.0)
     for name in ("mrope_section", "mrope_interleaved"):  # of text all three positions are one
         scaling.pop(name, None)
-    share = scaling.pop("partial_rotary_factor", None) or config["partial_rotary_factor"]
-    base = config.get("rope_theta") or 10000.0
-    rope = read_rope(scaling, base, config["max_position_embeddings"])
-    width = int(config["head_dim"] * share)
+    share = scaling.pop("partial_rotary_factor", 0.25)
+    rope = read_rope(scaling, 10000.0, config["max_position_embeddings"])
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    divides(keys, values, "linear_num_key_heads", "linear_num_value_heads")
     mixers = {
-        FULL: attention(config, qk_norm="head", gate=True, rotary_width=width),
+        FULL: attention(
+            config, qk_norm="head", gate=True, rotary_width=turned(rope, config["head_dim"], share)
+        ),
         LINEAR: DeltaNet(
-            heads=config["linear_num_value_heads"],
-            key_heads=config["linear_num_key_heads"],
+            heads=values,
+            key_heads=keys,
             key_width=config["linear_key_head_dim"],
             value_width=config["linear_value_head_dim"],
             taps=config["linear_conv_kernel_dim"],
         ),
     }
+    every = config["full_attention_interval"]
+    names = {name: name for name in (LINEAR, FULL)}
+    types = layer_types(config, lambda i: LINEAR if (i + 1) % every else FULL, names)
     specs = tuple(
         LayerSpec(mixer=mixers[kind], branches=(("mlp_out", branch(config, i)),))
-        for i, kind in enumerate(layer_types(config))
+        for i, kind in enumerate(types)
     )
     return decoder(config, specs, (rope,), norm="one_plus")
-
-
-def layer_types(config: Config) -> list[str]:
-    """By name, or full attention in every so many-th layer."""
-    count, every = config["num_hidden_layers"], config["full_attention_interval"]
-    usual = [FULL if (i + 1) % every == 0 else LINEAR for i in range(count)]
-    types = config.get("layer_types") or usual
-    if len(types) != count or not set(types) <= {FULL, LINEAR}:
-        raise UnsupportedModel(
-            f"layer_types={types!r} is not supported: {count} of {[LINEAR, FULL]} are needed."
-        )
-    return list(types)
 
 
 def branch(config: Config, layer: int) -> Branch:
@@ -62,10 +64,12 @@ def branch(config: Config, layer: int) -> Branch:
     plain = layer in (config.get("mlp_only_layers") or [])
     if plain or not config.get("num_experts") or (layer + 1) % config["decoder_sparse_step"]:
         return mlp(config)
-    return Moe(
-        experts=config["num_experts"],
-        experts_per_token=config["num_experts_per_tok"],
-        width=config["moe_intermediate_size"],
+    if not config["shared_expert_intermediate_size"]:
+        raise UnsupportedModel("shared_expert_intermediate_size=0 (supported: above 0).")
+    return experts(
+        config,
+        "num_experts",
+        width="moe_intermediate_size",
         norm_topk_prob=bool(config["norm_topk_prob"]),
         shared_width=config["shared_expert_intermediate_size"],
         shared_gate=True,
@@ -80,14 +84,14 @@ def unread(arch: Architecture, name: str) -> bool:
 DELTA = """linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
     linear_num_value_heads"""
 EXPERTS = "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size"
-USUAL = {"full_attention_interval": 4, "partial_rotary_factor": 0.25, "decoder_sparse_step": 1}
+USUAL = {"full_attention_interval": 4, "decoder_sparse_step": 1}
 
 NEXT = Family(
     model_type="qwen3_next",
     read=read,
-    fields=f"""{DELTA} {EXPERTS} attention_bias layer_types full_attention_interval
-        partial_rotary_factor decoder_sparse_step mlp_only_layers norm_topk_prob
-        output_router_logits router_aux_loss_coef use_sliding_window""",
+    fields=f"""{DELTA} {EXPERTS} attention_bias layer_types? full_attention_interval
+        partial_rotary_factor decoder_sparse_step mlp_only_layers? norm_topk_prob
+        use_sliding_window""",
     required=f"num_key_value_heads head_dim norm_topk_prob {DELTA} {EXPERTS}",
     defaults=USUAL,
     renamed={"num_local_experts": "num_experts"},  # as transformers 5 may have it
@@ -111,7 +115,7 @@ OWN = """attn_output_gate mamba_ssm_dtype mtp_num_hidden_layers
 TEXT = Family(
     model_type="qwen3_5_text",
     read=read,
-    fields=f"""{DELTA} {OWN} attention_bias layer_types full_attention_interval
+    fields=f"""{DELTA} {OWN} attention_bias layer_types? full_attention_interval
         partial_rotary_factor""",
     required=f"num_key_value_heads head_dim {DELTA}",
     defaults=USUAL,
@@ -127,7 +131,7 @@ TEXT = Family(
 TEXT_MOE = dataclasses.replace(
     TEXT,
     model_type="qwen3_5_moe_text",
-    fields=f"""{TEXT.fields} {EXPERTS} output_router_logits router_aux_loss_coef norm_topk_prob""",
+    fields=f"{TEXT.fields} {EXPERTS} norm_topk_prob",
     required=f"{TEXT.required} {EXPERTS}",
     defaults={**USUAL, "norm_topk_prob": True, "intermediate_size": 0},
     fixed={**TEXT.fixed, "norm_topk_prob": (True,)},

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax_refusal.families.fields import NO_EFFECT, SHOWN, Given, ill_typed, shown
 from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 Config = Mapping[str, Any]  # a `config.json`, with the family's defaults filled in
@@ -37,7 +38,7 @@ class Family:
 
     model_type: str
     read: Callable[[Config], Architecture]
-    fields: str = ""  # beyond COMMON
+    fields: str = ""  # beyond COMMON; one with ? may be null, which says nothing
     required: str = ""  # beyond REQUIRED
     defaults: Config = dataclasses.field(default_factory=dict)  # where the file says nothing
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # beyond FIXED
@@ -47,6 +48,16 @@ class Family:
     export_class: str = ""  # where a source has no class of its own to name
     has_mlp_bias_field: bool = False  # so that a bias baked into the weights can be stored
     gguf: Gguf | None = None
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The fields that its config may say, beyond those without effect."""
+        return COMMON | {name.removesuffix("?") for name in self.fields.split()} | set(self.renamed)
+
+    @property
+    def nullable(self) -> frozenset[str]:
+        own = {name.removesuffix("?") for name in self.fields.split() if name.endswith("?")}
+        return frozenset({"rope_scaling", "rope_parameters", *own})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +73,7 @@ COMMON = frozenset(
     """
     hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
     vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters
-    hidden_act tie_word_embeddings
+    hidden_act tie_word_embeddings pruned_heads
     """.split()
 )
 REQUIRED = (
@@ -70,26 +81,17 @@ REQUIRED = (
     "max_position_embeddings rms_norm_eps"
 )
 
-# Fields that say nothing about the forward pass at inference.
-NO_EFFECT = frozenset(
-    """
-    model_type architectures torch_dtype dtype transformers_version use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id attention_dropout _name_or_path _attn_implementation
-    attn_implementation transformers.js_config is_llama_config output_attentions
-    output_hidden_states return_dict unsloth_version unsloth_fixed keys_to_ignore_at_inference
-    problem_type id2label label2id chunk_size_feed_forward is_encoder_decoder cache_implementation
-    auto_map tokenizer_class
-    """.split()
-)
-
 # Fields whose other values would change the numbers: only these are computed here.
 FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
+    "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
     "hidden_act": ("silu",),
     "use_bidirectional_attention": (False, None),
     "use_mrope": (False, None),
 }
+
+LISTED = 20  # problems that one message names
 
 FAMILIES: dict[str, Family] = {}
 WRAPPERS: dict[str, Wrapper] = {}
@@ -119,32 +121,55 @@ def architecture(config: Config, ignore: tuple[str, ...] = ()) -> Architecture:
     ignore: fields the caller vouches for (`model.ignore_config_fields`).
     Raises UnsupportedModel with every problem found, not just the first.
     """
-    wrapper = config.get("model_type") if config.get("model_type") in WRAPPERS else None
-    if wrapper:
+    if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+        raise UnsupportedModel(
+            f"This config has no name of a family in model_type: {shown(config)}."
+        )
+    wrapped = config["model_type"] in WRAPPERS
+    if wrapped:
         config = _inside(config, ignore)
-    name = config.get("model_type")
+    name = config["model_type"]
     if name in REFUSED and name not in FAMILIES:  # one from outside may compute it
         raise UnsupportedModel(f"model_type={name!r} is not supported: it {REFUSED[name]}.")
     if name not in FAMILIES:
         raise UnsupportedModel(
-            f"model_type={name!r} is not supported; supported are "
+            f"model_type={shown(name)} is not supported; supported are "
             f"{sorted(FAMILIES.keys() | WRAPPERS.keys())}."
         )
     family = FAMILIES[name]
-    known = COMMON | NO_EFFECT | set(family.fields.split()) | set(family.renamed) | set(ignore)
-    problems = _unknown(config, known)
-    for field, allowed in (FIXED | dict(family.fixed)).items():
-        if field in config and field not in ignore and config[field] not in allowed:
-            problems.append(f"{field}={config[field]!r} (supported: {list(allowed)})")
+    if problems := _problems(config, family, ignore):
+        raise _refusal(name, problems)
     given = {family.renamed.get(field, field): value for field, value in config.items()}
-    given = {**family.defaults, **given}
-    names = {ours: theirs for theirs, ours in family.renamed.items()}
+    read = family.read(Given({**family.defaults, **given, "model_type": name}))
+    return dataclasses.replace(read, naming=family.namings[0], wrapped=wrapped)
+
+
+def _problems(config: Config, family: Family, ignore: tuple[str, ...]) -> list[str]:
+    """All that is wrong with single fields."""
+    problems = _unknown(config, family.named | NO_EFFECT | set(ignore))
+    fixed = FIXED | dict(family.fixed)
+    for field, allowed in fixed.items():
+        if field in config and field not in ignore and config[field] not in allowed:
+            problems.append(f"{field}={shown(config[field])} (supported: {list(allowed)})")
+    called: dict[str, str] = {}  # name here -> in the file
+    for field in config:
+        other = called.setdefault(family.renamed.get(field, field), field)
+        if other != field and config[other] != config[field]:
+            problems.append(f"{other}={shown(config[other])} and {field}={shown(config[field])}")
+    typed = {name: field for name, field in called.items() if field in family.named - set(fixed)}
+    values = {name: config[field] for name, field in typed.items()}
+    problems += ill_typed(values, family.nullable, typed)
+    theirs = {ours: theirs for theirs, ours in family.renamed.items()}
     required = [*REQUIRED.split(), *family.required.split()]
-    problems += [f"missing field {names.get(f, f)}" for f in required if f not in given]
-    if problems:
-        raise UnsupportedModel(f"This {name} config cannot be run: " + "; ".join(problems) + ".")
-    read = family.read({**given, "model_type": name})
-    return dataclasses.replace(read, naming=family.namings[0], wrapped=bool(wrapper))
+    given = {*called, *family.defaults}
+    return problems + [f"missing field {theirs.get(f, f)}" for f in required if f not in given]
+
+
+def _refusal(name: str, problems: list[str]) -> UnsupportedModel:
+    listed, more = problems[:LISTED], len(problems) - LISTED
+    if more > 0:
+        listed.append(f"and {more} more")
+    return UnsupportedModel(f"This {name} config cannot be run: " + "; ".join(listed) + ".")
 
 
 def _inside(config: Config, ignore: tuple[str, ...]) -> Config:
@@ -156,11 +181,9 @@ def _inside(config: Config, ignore: tuple[str, ...]) -> Config:
     if not isinstance(text, Mapping) or text.get("model_type") not in wrapper.inner:
         found = text.get("model_type") if isinstance(text, Mapping) else text
         allowed = list(wrapper.inner)
-        problems.append(f"text_config is of model_type {found!r} (supported: {allowed})")
+        problems.append(f"text_config is of model_type {shown(found)} (supported: {allowed})")
     if problems:
-        raise UnsupportedModel(
-            f"This {wrapper.model_type} config cannot be run: " + "; ".join(problems) + "."
-        )
+        raise _refusal(wrapper.model_type, problems)
     assert isinstance(text, Mapping)
     tied = {k: config[k] for k in ("tie_word_embeddings",) if k in config}
     return {**text, **tied}
@@ -169,7 +192,7 @@ def _inside(config: Config, ignore: tuple[str, ...]) -> Config:
 def _unknown(config: Config, known: frozenset[str] | set[str]) -> list[str]:
     known = known | QUANTISATION
     return [
-        f"unknown field {field}={config[field]!r} (if it does not change the forward pass, "
-        f"name it in model.ignore_config_fields)"
+        f"unknown field {field[:SHOWN]}={shown(config[field])} (if it does not change the forward "
+        "pass, name it in model.ignore_config_fields, or launch.convert --ignore_config_fields)"
         for field in sorted(set(config) - known)
     ]

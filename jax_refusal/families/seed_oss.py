@@ -14,7 +14,8 @@ register(
     Family(
         model_type="seed_oss",
         read=read,
-        fields="attention_bias attention_out_bias mlp_bias pretraining_tp residual_dropout",
+        fields="""attention_bias attention_out_bias mlp_bias pretraining_tp num_key_value_heads?
+            head_dim?""",
         required="num_key_value_heads head_dim",
         defaults={"attention_bias": True, "attention_out_bias": False},
         has_mlp_bias_field=True,

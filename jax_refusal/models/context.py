@@ -68,7 +68,7 @@ class Pass:
 
 
 def _angles(arch: Architecture, tokens: Tokens) -> tuple[Angles, ...]:
-    by_length = any(each.kind == "prompt_ntk" for each in arch.ropes)
+    by_length = any(each.by_length for each in arch.ropes)
     counted = lengths(tokens) if by_length else None
     turned = [s.mixer for s in arch.specs if isinstance(s.mixer, spec.Attention)]
     widths = {mixer.rope: mixer.rotary_width or mixer.head_width for mixer in turned}

@@ -4,13 +4,14 @@ Letters: B batch row, T token, H query heads, G key/value heads, K head width, W
 a head.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_refusal.models.spec import Rope, UnsupportedModel
+from jax_refusal.models.spec import Rope
 
 
 def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radians per token
@@ -29,12 +30,7 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radia
     if rope.kind == "proportional":
         turning = int(rope.share * width // 2)
         return np.where(channels / 2 < turning, plain, 0) / np.float32(rope.factor)
-    if rope.kind == "longrope":
-        if len(rope.short_factor) != len(plain):
-            raise UnsupportedModel(
-                f"rope type 'longrope': short_factor has {len(rope.short_factor)} numbers for "
-                f"{len(plain)} frequencies."
-            )
+    if rope.kind == "longrope":  # of short prompts
         return 1 / (np.array(rope.short_factor, np.float32) * powers)
     factor = np.float32(rope.factor)
     if rope.kind == "llama3":
@@ -63,11 +59,15 @@ def frequencies(rope: Rope, width: int) -> np.ndarray:  # [W / 2] float32, radia
 
 
 def frequencies_by_length(rope: Rope, width: int) -> np.ndarray:  # [N, W / 2]
-    """Dynamic NTK as Qwen-1 has it, for prompts of up to 1, 2, 4, ... original contexts.
+    """For prompts of up to 1, 2, 4, ... original contexts, and of any length at the end.
 
-    The base is multiplied by a ** (W / (W - 2)), where a = 2 ** ceil(log2(length / original) + 1)
-    - 1 is 1, 3, 7, ...
+    Longrope has two sets, by `short_factor` and `long_factor`. Dynamic NTK as Qwen-1 has it
+    multiplies the base by a ** (W / (W - 2)), where a = 2 ** ceil(log2(length / original) + 1) - 1
+    is 1, 3, 7, ...
     """
+    if rope.kind == "longrope":
+        long = dataclasses.replace(rope, short_factor=rope.long_factor)
+        return np.stack([frequencies(each, width) for each in (rope, long)])
     steps = range(math.ceil(math.log2(rope.factor)) + 1)
     bases = [rope.base * (2 ** (step + 1) - 1) ** (width / (width - 2)) for step in steps]
     return np.stack([frequencies(Rope(base=base), width) for base in bases])
@@ -77,10 +77,10 @@ def angles(
     positions: jax.Array,  # [B, T]
     rope: Rope,
     width: int,  # W
-    lengths: jax.Array | None = None,  # [B, T] tokens of the whole prompt, for prompt_ntk
+    lengths: jax.Array | None = None,  # [B, T] tokens of the whole prompt, where that matters
 ) -> tuple[jax.Array, jax.Array]:  # cos, sin [B, T, 1, W / 2], float32
     turns = frequencies(rope, width)[None, None, None]
-    if rope.kind == "prompt_ntk":
+    if rope.by_length:
         assert lengths is not None
         each = jnp.asarray(frequencies_by_length(rope, width))
         borders = rope.original_context * 2 ** jnp.arange(len(each) - 1)

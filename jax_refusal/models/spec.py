@@ -32,9 +32,16 @@ class Rope:
     beta_slow: float = 1.0  # and divides by `factor` what makes fewer
     truncate: bool = True  # yarn rounds the borders between those to whole channels
     original_context: int = 0  # tokens
-    short_factor: tuple[float, ...] = ()  # longrope, one for each frequency
+    # longrope, one for each frequency: of prompts up to the original context, and of longer ones
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
     attention_factor: float = 1.0  # cosine and sine are multiplied by it
     share: float = 1.0  # proportional: of the channels, those that turn fastest; others do not
+
+    @property
+    def by_length(self) -> bool:
+        """Whether tokens are turned by the length of the whole prompt that they are of."""
+        return self.kind in ("prompt_ntk", "longrope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,8 +256,17 @@ class Architecture:
     @property
     def prefix_reusable_until(self) -> int:
         """Tokens up to which the start of a prompt is computed the same however it goes on."""
-        grow = [rope.original_context for rope in self.ropes if rope.kind == "prompt_ntk"]
-        return min(grow, default=self.context)
+        grow = [rope.original_context for rope in self.ropes if rope.by_length]
+        return min([*grow, self.context])
+
+    def room(self, prompt: int) -> int:
+        """Tokens of a prompt of this length and its reply that are computed as the family means it.
+
+        Where a reply leaves the original context, longrope would turn what was read before it by
+        other frequencies.
+        """
+        borders = [rope.original_context for rope in self.ropes if rope.kind == "longrope"]
+        return min([border for border in borders if prompt <= border] + [self.context])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +305,8 @@ class Phase:
 @cache
 def phases(arch: Architecture) -> tuple[Phase, ...]:
     """The layers of a model as repeating patterns, as few and as short as they can be."""
-    shapes = [spec.shape for spec in arch.specs]
+    numbers: dict[LayerSpec, int] = {}
+    shapes = [numbers.setdefault(spec.shape, len(numbers)) for spec in arch.specs]
     found: list[Phase] = []
     start = slots = 0
     while start < len(shapes):
@@ -305,7 +322,7 @@ def phases(arch: Architecture) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def _repeating(shapes: Sequence[LayerSpec]) -> tuple[int, int]:
+def _repeating(shapes: Sequence[int]) -> tuple[int, int]:
     """Length and repeats of the pattern at the start that covers most layers, the shortest such."""
     best = (1, 1)
     for period in range(1, len(shapes) // 2 + 1):

@@ -60,6 +60,7 @@ class Request:
     coefficient: float = 1.0  # of an addition, multiple of the direction
     dtype: str = ""  # float32, bfloat16 or float16; empty is that of the source
     approximate: bool = False  # go on where an edit of the weights is not exact
+    ignore_config_fields: tuple[str, ...] = ()  # of config.json that you vouch for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _origin(request: Request) -> Origin:
             f"The model has the adapter {adapter} merged in, and an adapter of rank 1 cannot "
             "hold both. Convert to a Hugging Face directory instead."
         )
-    ignore = tuple(config.model.ignore_config_fields)
+    ignore = (*config.model.ignore_config_fields, *request.ignore_config_fields)
     arch, _ = read_checkpoint(source, ignore)
     original = read_config(source)
     dtype = request.dtype or export.stored_dtype(source, original)

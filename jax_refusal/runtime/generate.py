@@ -32,12 +32,14 @@ class ContextError(ValueError):
 
 
 def check_capacity(prompts: Prompts, max_new_tokens: int, arch: Architecture) -> None:
-    longest = max(map(len, prompts.ids))
-    if longest + max_new_tokens > arch.context:
+    tokens, room = min(
+        ((len(ids), arch.room(len(ids))) for ids in prompts.ids), key=lambda pair: pair[1] - pair[0]
+    )
+    if tokens + max_new_tokens > room:
         raise ContextError(
-            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"context of {arch.context} tokens. Allow at most {max(0, arch.context - longest)} new "
-            "tokens, or shorten the prompts."
+            f"A prompt of {tokens} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+            f"context of {room} tokens. Allow at most {max(0, room - tokens)} new tokens, or "
+            "shorten the prompts."
         )
 
 

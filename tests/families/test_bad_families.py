@@ -4,6 +4,7 @@ What a whole run does with bad input is in tests/test_bad_input.py; config files
 for what is particular to a family are in test_family_configs.py.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from jax_refusal.checkpoints.tensors import ConversionError, Tensor
 from jax_refusal.data.chat import ChatError
 from jax_refusal.families.registry import FAMILIES, architecture
 from jax_refusal.models.spec import Architecture, UnsupportedModel
+from jax_refusal.run.convert import Request
+from jax_refusal.run.convert import convert as to_disk
 from jax_refusal.sharding import make_mesh
 from tests import qwen1, runs
 from tests.models.cases import CASES, SMALL, fields
@@ -59,10 +62,24 @@ def test_a_config_with_something_new(family: str, checkpoint: Checkpoint) -> Non
             architecture(changed(config, **extra))
 
 
+def test_a_field_that_the_user_vouches_for_is_converted(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder, _ = broken(checkpoint, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "made_on": "a Tuesday"}))
+    request = Request(to="orbax", out=str(tmp_path / "out"), source=str(folder))
+    with pytest.raises(UnsupportedModel, match=r"made_on.*launch\.convert --ignore_config_fields"):
+        to_disk(request, log=lambda _: None)
+    vouched = dataclasses.replace(request, ignore_config_fields=("made_on",))
+    to_disk(vouched, log=lambda _: None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["made_on"] == "a Tuesday"
+
+
 @pytest.mark.parametrize("family", EVERY)
 def test_a_rope_that_is_not_known(family: str, checkpoint: Checkpoint) -> None:
     config = config_of(family, checkpoint)
-    rope = {"rope_type": "spiral", "factor": 2.0}
+    rope = {"rope_type": "spiral", "factor": 2.0, "rope_theta": 10000.0}
     text = config.get("text_config", config)
     given = text.get("rope_parameters") or {}
     if "full_attention" in given:  # one for each kind of layer
@@ -72,7 +89,9 @@ def test_a_rope_that_is_not_known(family: str, checkpoint: Checkpoint) -> None:
     # `seq_length` brings Qwen-1's own scaling into it too.
     extra = {"seq_length": 128} if family == "qwen" else {}
     config = changed(config, rope_parameters=rope, rope_scaling=None, **extra)
-    with pytest.raises(UnsupportedModel, match=r"rope type 'spiral' is not supported.*'llama3'"):
+    with pytest.raises(
+        UnsupportedModel, match=r"rope type 'spiral' is not supported; supported are \["
+    ):
         architecture(config)
 
 

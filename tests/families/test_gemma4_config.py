@@ -170,7 +170,7 @@ def test_the_last_layer_sees_everything() -> None:
 
 def test_heads_as_transformers_5_writes_them() -> None:
     known = {k: v for k, v in E2B.items() if "global" not in k}
-    wide = {str(i): {"head_dim": 512} for i in range(4, 35, 5)}
+    wide = {f"{i:02}": {"head_dim": 512} for i in range(4, 35, 5)}
     assert architecture({**known, "per_layer_config": wide}) == architecture(E2B)
 
 
@@ -178,16 +178,11 @@ def test_layers_that_are_all_alike_or_all_different() -> None:
     """What one config can say, specs can."""
     full = architecture({**E2B, "layer_types": [FULL] * 35})
     assert [(len(phase.slots), phase.repeats) for phase in phases(full)] == [(1, 15), (1, 20)]
-    odd = architecture({**E2B, "global_head_dim": 384, "per_layer_config": None})
+    odd = architecture({**E2B, "global_head_dim": 384})
     assert odd.specs[4].mixer.head_width == 384
-    given = {"3": {"head_dim": 128}, **{str(i): {"head_dim": 512} for i in range(4, 35, 5)}}
+    given = {"3": {"num_key_value_heads": 2}}
     known = {k: v for k, v in E2B.items() if "global" not in k}
-    assert architecture({**known, "per_layer_config": given}).specs[3].mixer.head_width == 128
-
-
-def test_key_value_heads_that_are_not_said_are_one_for_each_query_head() -> None:
-    arch = architecture({**E2B, "num_key_value_heads": None})
-    assert {spec.mixer.kv_heads for spec in arch.specs} == {8}
+    assert architecture({**known, "per_layer_config": given}).specs[3].mixer.kv_heads == 2
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -198,17 +193,32 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "old rope": ({"rope_theta": 1e4}, r"rope_theta=10000.0 \(supported: \[None\]\)"),
     "one rope": ({"rope_parameters": ROPES[FULL]}, "rope_parameters=.*are not of"),
     "kinds": ({"layer_types": ["chunked_attention"] * 35}, "layer_types=.*not supported"),
-    "no width": ({"global_head_dim": None}, "global_head_dim=None is no number"),
+    "no width": (
+        {"global_head_dim": None},
+        r"global_head_dim=None \(supported: a whole number from 1 ",
+    ),
     "heads": (
         {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
         "num_global_key_value_heads=3 does not divide num_attention_heads=8",
     ),
     "local heads": ({"num_key_value_heads": 3}, "^num_key_value_heads=3 does not divide"),
-    "no local width": ({"head_dim": 0}, "^head_dim=0 is no number above 0"),
-    "nothing wide": ({"global_head_dim": 0}, "^global_head_dim=0 is no number above 0"),
+    "no local width": ({"head_dim": 0}, r"head_dim=0 \(supported: a whole number from 1 "),
+    "nothing wide": (
+        {"global_head_dim": 0},
+        r"global_head_dim=0 \(supported: a whole number from 1 ",
+    ),
     "heads of a layer": (
         {"per_layer_config": {"4": {"num_key_value_heads": 3}}},
         r"per_layer_config\.4\.num_key_value_heads=3 does not divide",
+    ),
+    "null heads": ({"num_key_value_heads": None}, r"num_key_value_heads=None \(supported"),
+    "two widths of a kind": (
+        {"per_layer_config": {"3": {"head_dim": 128}}},
+        r"turns \[128, 256\] channels of heads",
+    ),
+    "a layer twice": (
+        {"per_layer_config": {"3": {"head_dim": 256}, "03": {"head_dim": 128}}},
+        "per_layer_config=",
     ),
     "all shared": ({"num_kv_shared_layers": 35}, "num_kv_shared_layers=35: the first 0 layers"),
     "one kind": ({"num_kv_shared_layers": 33}, "num_kv_shared_layers=33: the first 2 layers"),
