@@ -147,8 +147,8 @@ def _table(text: str, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
                 names = [cell.strip().lower() for cell in row]
                 if names.count(INSTRUCTION) != 1 or names.count(CATEGORY) > 1:
                     raise PromptError(
-                        f"{place}: the columns are {row[:20]!s:.200}; one must be {INSTRUCTION!r}, and "
-                        f"one may be {CATEGORY!r}."
+                        f"{place}: the columns are {row[:20]!s:.200}; one must be {INSTRUCTION!r}, "
+                        f"and one may be {CATEGORY!r}."
                     )
             elif len(row) != len(names):
                 raise PromptError(
