@@ -63,7 +63,7 @@ class Chat:
         for i, instruction in enumerate(instructions):
             if not isinstance(instruction, str) or not instruction.strip():
                 raise ChatError(
-                    f"Instruction {i} is {instruction!r}: a text that is not empty is needed."
+                    f"Instruction {i} is {instruction!r:.60}: a text that is not empty is needed."
                 )
             self._check_text(i, instruction)
         if not instructions:
@@ -119,7 +119,9 @@ class Chat:
                 verbose=False,  # of its own idea of what is too long
             )["input_ids"]
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise ChatError(f"The tokenizer failed on {texts[0][:60]!r}...: {error}.") from error
+            raise ChatError(
+                f"The tokenizer failed on {texts[0][:60]!r}...: {error!s:.300}."
+            ) from error
 
     @cached_property
     def post_instruction(self) -> tuple[int, ...]:

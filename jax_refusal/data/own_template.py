@@ -121,8 +121,9 @@ def source(tokenizer: Any) -> str:
     if isinstance(own, dict):
         if "default" not in own:
             raise ChatError(
-                f'The tokenizer has the chat templates {sorted(own)} and none is called "default": '
-                "rename one in its tokenizer_config.json, or name a template in model.template."
+                f"The tokenizer has the chat templates {sorted(own)!s:.200} and none is called "
+                '"default": rename one in its tokenizer_config.json, or name a template in '
+                "model.template."
             )
         own = own["default"]
     if not isinstance(own, str):

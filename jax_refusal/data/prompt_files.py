@@ -77,7 +77,7 @@ def _instruction(row: Any, place: str) -> Instruction:
         row = {INSTRUCTION: row}
     text = row.get(INSTRUCTION) if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
-        there = f" Its fields are {list(row)[:20]}." if isinstance(row, dict) else ""
+        there = f" Its fields are {list(row)[:20]!s:.200}." if isinstance(row, dict) else ""
         raise PromptError(
             f'{place}: {str(row)[:60]!r} has no "instruction" that is a text and not empty.{there}'
         )
@@ -87,7 +87,7 @@ def _instruction(row: Any, place: str) -> Instruction:
         raise PromptError(f"{place}: {text[:60]!r} holds half of a character.") from error
     category = row.get(CATEGORY) or ""
     if not isinstance(category, str):
-        raise PromptError(f"{place}: the category {category!r} is not a text.")
+        raise PromptError(f"{place}: the category {category!r:.60} is not a text.")
     return Instruction(text, category)
 
 
@@ -147,8 +147,8 @@ def _table(text: str, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
                 names = [cell.strip().lower() for cell in row]
                 if names.count(INSTRUCTION) != 1 or names.count(CATEGORY) > 1:
                     raise PromptError(
-                        f"{place}: the columns are {row[:20]}; one must be {INSTRUCTION!r}, and "
-                        f"one may be {CATEGORY!r}."
+                        f"{place}: the columns are {row[:20]!s:.200}; one must be {INSTRUCTION!r}, "
+                        f"and one may be {CATEGORY!r}."
                     )
             elif len(row) != len(names):
                 raise PromptError(

@@ -106,7 +106,7 @@ def _check_settings(folder: Path) -> None:
     settings = _object(path)
     longest = settings.get("model_max_length", 0)
     if isinstance(longest, bool) or not isinstance(longest, int | float | None):
-        raise SourceError(f"{path}: model_max_length is {longest!r}: a number is needed.")
+        raise SourceError(f"{path}: model_max_length is {longest!r:.80}: a number is needed.")
     own = settings.get("chat_template")
     several = own.items() if isinstance(own, dict) else []
     if isinstance(own, list):

@@ -146,6 +146,7 @@ def test_decode_leaves_special_tokens_out(chat: Chat):
         (["fine", " \n"], "Instruction 1 is"),
         (["fine", None], "Instruction 1 is None: a text"),
         ([3], "Instruction 0 is 3"),
+        ([" " * 1000], r"^Instruction 0 is ' {59}: a text"),
     ],
 )
 def test_instructions_that_are_none(chat: Chat, instructions, words):
