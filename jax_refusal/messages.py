@@ -21,6 +21,8 @@ def shortened(names: Sequence[Any], most: int = MOST) -> str:
 
 def shown(value: object, characters: int = 100) -> str:
     """A value of someone else's file or flag: its repr, which may be long, or fail."""
+    if isinstance(value, str) and len(value) > characters:
+        return f"{value[:characters]!r}..."
     try:
         text = repr(value)
     except Exception:  # integers of thousands of digits have none

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_refusal.data.templates import ChatError
+from jax_refusal.messages import shown
 
 DATE = "26 Jul 2024"  # for templates that take the date as a variable; the clock of the others
 # stands still in rendering.py
@@ -84,7 +85,7 @@ class OwnTemplate:
             if lost is not None:
                 complaint = complaint or _changed("the instruction", *lost)
             else:
-                what = f"model.system={_short(self.system or '')}"
+                what = f"model.system={shown(self.system or '', 60)}"
                 complaint = complaint or _changed(what, TRIED_SYSTEM, texts[0]) + NO_SYSTEM
         if failed:
             return FORMS[0]
@@ -108,7 +109,7 @@ class OwnTemplate:
         except Exception as error:  # a template is a program of the checkpoint: it raises anything
             reason = str(error)[:300] or type(error).__name__
             raise ChatError(
-                f"The chat template failed on {_short(instruction)}: {reason}."
+                f"The chat template failed on {shown(instruction, 60)}: {reason}."
             ) from error
         if PARTS in form and ("'type': 'text'" in text or '"type": "text"' in text):
             raise ChatError("The chat template writes a list of parts as it would be typed.")
@@ -140,14 +141,10 @@ NO_SYSTEM = " Set model.system=None, or put the text into the instructions."
 
 def _changed(what: str, text: str, made: str) -> str:
     return (
-        f"The chat template leaves out or changes {what}: {_short(text)} does not stand in the "
+        f"The chat template leaves out or changes {what}: {shown(text, 60)} does not stand in the "
         f"prompt as it is, which ends in {made[-120:]!r}. Mend chat_template in "
         "tokenizer_config.json, or name a template in model.template."
     )
-
-
-def _short(text: str) -> str:
-    return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
 
 
 def _rest_of_an_empty_block(text: str) -> str:

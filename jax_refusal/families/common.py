@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax_refusal.families.fields import ALL_EXPERTS, Given, shown
+from jax_refusal.families.fields import ALL_EXPERTS, Given
 from jax_refusal.families.registry import Config
 from jax_refusal.families.rope_fields import read_rope, rope_settings
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import (
     Architecture,
     Attention,

@@ -2,8 +2,8 @@
 rotary embedding."""
 
 from jax_refusal.families.common import attention, decoder, layers, mlp, one_rope, some_layers
-from jax_refusal.families.fields import shown
 from jax_refusal.families.registry import Config, Family, register
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Architecture, Rope, UnsupportedModel
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import UnsupportedModel
 
 LAYERS = 1024  # the deepest that are published have about 130, and stacks of them 315
@@ -15,7 +16,6 @@ WIDTH = 2**20  # of anything, and of how many there are: the widest have some 50
 ALL_EXPERTS = 2**17  # of a model: those that are published have up to 25,000
 TOKENS = 2**31 - 1  # positions are int32
 SMALLEST, LARGEST = 1e-37, 1e37  # numbers are computed with in float32
-SHOWN = 300  # letters of a value
 
 
 class Kind(NamedTuple):
@@ -159,15 +159,6 @@ OF_OTHER_PROGRAMS = "transformers.js_config is_llama_config unsloth_version unsl
 NO_EFFECT = frozenset(
     " ".join([OF_ALL_CONFIGS, OF_GENERATION, OF_TRAINING, OF_OTHER_PROGRAMS]).split()
 )
-
-
-def shown(value: Any) -> str:
-    """A value of a file as a message has it."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} of many levels"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} letters)"
 
 
 def ill_typed(

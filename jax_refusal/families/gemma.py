@@ -14,8 +14,8 @@ from jax_refusal.families.common import (
     some_layers,
     two_ropes,
 )
-from jax_refusal.families.fields import shown
 from jax_refusal.families.registry import Config, Family, Gguf, Wrapper, register
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Architecture, Attention, Naming, UnsupportedModel
 
 GELU = {

@@ -21,8 +21,9 @@ from jax_refusal.families.common import (
     stored,
     two_ropes,
 )
-from jax_refusal.families.fields import Given, ill_typed, shown
+from jax_refusal.families.fields import Given, ill_typed
 from jax_refusal.families.registry import Config, Family, Wrapper, register
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import (
     Architecture,
     Attention,

@@ -9,8 +9,9 @@ from jax_refusal.families.common import (
     some_layers,
     stored,
 )
-from jax_refusal.families.fields import Given, shown
+from jax_refusal.families.fields import Given
 from jax_refusal.families.registry import Config, Family, register
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 

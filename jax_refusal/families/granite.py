@@ -15,9 +15,9 @@ from jax_refusal.families.common import (
     one_rope,
     stored,
 )
-from jax_refusal.families.fields import shown
 from jax_refusal.families.qwen3_next import LINEAR
 from jax_refusal.families.registry import Config, Family, register
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import (
     Architecture,
     Branch,

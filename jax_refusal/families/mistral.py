@@ -10,10 +10,11 @@ from jax_refusal.families.common import (
     one_rope,
     stored,
 )
-from jax_refusal.families.fields import ill_typed, shown
+from jax_refusal.families.fields import ill_typed
 from jax_refusal.families.qwen import FUSED_EXPERTS
 from jax_refusal.families.registry import Config, Family, Wrapper, register
 from jax_refusal.families.rope_fields import REQUIRED, read_rope, rope_settings
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 

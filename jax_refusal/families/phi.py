@@ -11,9 +11,9 @@ from jax_refusal.families.common import (
     stored,
     turned,
 )
-from jax_refusal.families.fields import shown
 from jax_refusal.families.registry import Config, Family, register
 from jax_refusal.families.rope_fields import read_rope, rope_settings
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 

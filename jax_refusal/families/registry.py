@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_refusal.families.fields import NO_EFFECT, SHOWN, Given, ill_typed, shown
+from jax_refusal.families.fields import NO_EFFECT, Given, ill_typed
+from jax_refusal.messages import listed, shown
 from jax_refusal.models.spec import Architecture, Naming, UnsupportedModel
 
 Config = Mapping[str, Any]  # a `config.json`, with the family's defaults filled in
@@ -91,7 +92,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
 }
 
-LISTED = 20  # problems that one message names
 
 FAMILIES: dict[str, Family] = {}
 WRAPPERS: dict[str, Wrapper] = {}
@@ -166,10 +166,7 @@ def _problems(config: Config, family: Family, ignore: tuple[str, ...]) -> list[s
 
 
 def _refusal(name: str, problems: list[str]) -> UnsupportedModel:
-    listed, more = problems[:LISTED], len(problems) - LISTED
-    if more > 0:
-        listed.append(f"and {more} more")
-    return UnsupportedModel(f"This {name} config cannot be run: " + "; ".join(listed) + ".")
+    return UnsupportedModel(f"This {name} config cannot be run: {listed(problems)}.")
 
 
 def _inside(config: Config, ignore: tuple[str, ...]) -> Config:
@@ -192,7 +189,7 @@ def _inside(config: Config, ignore: tuple[str, ...]) -> Config:
 def _unknown(config: Config, known: frozenset[str] | set[str]) -> list[str]:
     known = known | QUANTISATION
     return [
-        f"unknown field {field[:SHOWN]}={shown(config[field])} (if it does not change the forward "
+        f"unknown field {field[:100]}={shown(config[field])} (if it does not change the forward "
         "pass, name it in model.ignore_config_fields, or launch.convert --ignore_config_fields)"
         for field in sorted(set(config) - known)
     ]

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jax_refusal.families.fields import ill_typed, shown
+from jax_refusal.families.fields import ill_typed
 from jax_refusal.families.registry import Config
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Rope, UnsupportedModel
 
 # Kind -> field of the file -> field of `Rope`, "" where it is used here or says nothing.

@@ -9,8 +9,8 @@ from jax_refusal.families.common import (
     some_layers,
     switched,
 )
-from jax_refusal.families.fields import shown
 from jax_refusal.families.registry import Config, Family, register
+from jax_refusal.messages import shown
 from jax_refusal.models.spec import Architecture, Rope, UnsupportedModel
 
 

@@ -22,6 +22,7 @@ from jax_refusal import sharding
 from jax_refusal.checkpoints import lora
 from jax_refusal.edits import multiple, unit_vector
 from jax_refusal.families.registry import family_of
+from jax_refusal.messages import listed
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
 from jax_refusal.models.ops import PRECISION
@@ -185,10 +186,9 @@ def check_finite(arrays: Mapping[str, jax.Array], dtype: Any) -> None:
     known = {path: leaf for path, leaf in arrays.items() if not isinstance(leaf, Tracer)}
     lost = sorted(path for path, leaf in known.items() if not _is_finite(leaf, jnp.dtype(dtype)))
     if lost:
-        shown = lost[:20] + [f"and {len(lost) - 20} more"] * (len(lost) > 20)
         raise WeightEditError(
             f"These weights would not be finite in {jnp.dtype(dtype)}, which ends at "
-            f"{float(jnp.finfo(dtype).max):.3g}: {', '.join(shown)}. Take a smaller edit (its "
+            f"{float(jnp.finfo(dtype).max):.3g}: {listed(lost, ', ')}. Take a smaller edit (its "
             "direction, its coefficient, the adapter) or a dtype of a larger range."
         )
 
