@@ -12,7 +12,7 @@ from absl import flags
 
 from launch import common
 
-ONE = flags.DEFINE_string("one", None, "A .pt or .safetensors file, or a workdir.", required=True)
+ONE = flags.DEFINE_string("one", None, "A workdir, .pt, .safetensors, .npy or .npz.", required=True)
 OTHER = flags.DEFINE_string("other", None, "The same.", required=True)
 TENSOR = flags.DEFINE_string("tensor", "", "Name of the tensor, where a file holds several.")
 

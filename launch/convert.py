@@ -16,7 +16,7 @@ from launch import common
 SOURCE = flags.DEFINE_string("source", "", "A model source; empty is that of --workdir.")
 ADAPTER = flags.DEFINE_string("adapter", "", "A PEFT LoRA adapter to merge into --source.")
 WORKDIR = flags.DEFINE_string("workdir", "", "A run with the direction (and source) to use.")
-DIRECTION = flags.DEFINE_string("direction", "", "A .pt or .safetensors file with a direction.")
+DIRECTION = flags.DEFINE_string("direction", "", "A .pt, .safetensors, .npy or .npz file.")
 TENSOR = flags.DEFINE_string("tensor", "", "Name of the tensor, where that file holds several.")
 EDIT = flags.DEFINE_string("edit", "none", "none, orthogonalize or addition.")
 TO = flags.DEFINE_string("to", None, "hf, orbax, peft or gguf-control-vector.", required=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax_refusal.messages import shortened
 
-JSON_BYTES = 2**24  # more than any config has; a list of tensors may be longer
+JSON_BYTES = 2**22  # more than any config has; a list of tensors may be longer
 DEEPEST = 32  # objects and lists inside each other
 # A file of the hub's cache, from the folder of all repositories on: a repository keeps its files
 # once for all its revisions, and newer clients once for all repositories.

@@ -14,7 +14,7 @@ from jax_refusal.messages import shortened
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-INDEX_BYTES = 2**26  # some 500,000 tensors
+INDEX_BYTES = 2**25  # some 250,000 tensors
 # Parts of tensors, as PyTorch's distributed checkpoints have them: taken before any other file.
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
