@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jax_refusal import sharding
 from jax_refusal.checkpoints.tensors import ConversionError, Tensor
-from jax_refusal.families.registry import family_of
+from jax_refusal.families.registry import family_of, other_modalities
 from jax_refusal.messages import listed
 from jax_refusal.models.decoder import Transformer
 from jax_refusal.models.leaves import leaves
@@ -31,16 +31,12 @@ IGNORED = re.compile(
     r"(model\.layers\.\d+\.self_attn|transformer(\.h\.\d+\.attn)?)\.rotary_emb\.inv_freq"
 )
 # In a multimodal checkpoint: what stands for `model.` and `lm_head.` around the text model, as the
-# hub's files and as newer ones have it, and where the other modalities lie.
+# hub's files and as newer ones have it.
 PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-OTHER_MODALITIES = re.compile(
-    r"(model\.)?(vision_tower|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio"
-    r"|vision_embedder)\..*"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +140,10 @@ def as_stored(arch: Architecture, tensors: Mapping[str, Any]) -> Architecture:
 
 def unwrapped(arch: Architecture, tensors: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Without what is no part of the model; the text model's own names in a multimodal one."""
-    found, unread = {}, family_of(arch).unread
+    found, unread, others = {}, family_of(arch).unread, other_modalities()
     for name, tensor in tensors.items():
         if arch.wrapped:
-            if OTHER_MODALITIES.fullmatch(name):
+            if name.removeprefix("model.").partition(".")[0] in others:
                 continue
             prefix = next((p for p in PREFIXES if name.startswith(p)), "")
             name = PREFIXES.get(prefix, "") + name.removeprefix(prefix)

@@ -156,5 +156,6 @@ register(
         model_type="gemma3",
         fields="mm_tokens_per_image boi_token_index eoi_token_index image_token_index",
         inner=("gemma3_text",),
+        modalities="vision_tower multi_modal_projector",
     )
 )

@@ -293,5 +293,6 @@ for outer, inner in (("gemma4", "gemma4_text"), ("gemma4_unified", "gemma4_unifi
                 boa_token_id eoa_token_id eoa_token_index audio_token_id
                 vision_soft_tokens_per_image""",
             inner=(inner,),
+            modalities="vision_tower audio_tower embed_vision embed_audio vision_embedder",
         )
     )

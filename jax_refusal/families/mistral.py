@@ -92,5 +92,6 @@ register(
         fields="""image_token_index multimodal_projector_bias projector_hidden_act
             spatial_merge_size vision_feature_layer""",
         inner=("mistral", "ministral3"),
+        modalities="vision_tower multi_modal_projector",
     )
 )

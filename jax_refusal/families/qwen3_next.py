@@ -150,5 +150,6 @@ for name in ("qwen3_5", "qwen3_5_moe"):
             model_type=name,
             fields="image_token_id video_token_id vision_start_token_id vision_end_token_id",
             inner=(f"{name}_text",),
+            modalities="visual",
         )
     )

@@ -68,6 +68,7 @@ class Wrapper:
     model_type: str
     fields: str  # its own, of which none acts on text
     inner: tuple[str, ...]  # what may lie inside
+    modalities: str  # the modules of the others, beside the text model
 
 
 COMMON = frozenset(
@@ -109,6 +110,12 @@ def register(entry: Family | Wrapper) -> None:
         WRAPPERS[name] = entry
     else:
         FAMILIES[name] = entry
+
+
+def other_modalities() -> set[str]:
+    """What the modules are called that lie beside a text model, in any wrapper: an adapter of one
+    may be put on its text model alone."""
+    return {name for wrapper in WRAPPERS.values() for name in wrapper.modalities.split()}
 
 
 def family_of(arch: Architecture) -> Family:
