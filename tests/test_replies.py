@@ -126,7 +126,8 @@ def test_an_edit_for_every_prompt(model: Transformer, case: Case) -> None:
 def test_a_request_leaves_nothing_behind(model: Transformer, case: Case) -> None:
     """Were it NaN: rows of an edit that breaks the stream, and others after them."""
     L, width = model.arch.layers, model.arch.width
-    sound, broken = jr.identity(L, width), jr.add(np.ones(width), L, layer=0, coefficient=jnp.nan)
+    sound, added = jr.identity(L, width), jr.add(np.ones(width), L, layer=0)
+    broken = dataclasses.replace(added, vector=added.vector * jnp.nan)
     row_edit = [int(i % 3 != 0) for i in range(13)]  # every third one is sound, as in `plain`
     options: Any = {"stop_ids": (), "max_new_tokens": NEW_TOKENS, "batch_size": 2}
     found = generate(model, case.short, jr.rows(sound, broken), row_edit=row_edit, **options)

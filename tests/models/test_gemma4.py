@@ -196,11 +196,11 @@ def test_a_pattern_is_scanned_by_its_period(path: Path) -> None:
     local, full = "sliding_attention", "full_attention"
     config = {
         **json.loads((path / "config.json").read_text()),
-        "per_layer_config": None,
         "layer_types": ([local] * 4 + [full]) * 7,
         "num_hidden_layers": 35,
         "num_kv_shared_layers": 20,
     }
+    config.pop("per_layer_config", None)
     arch = architecture(config)
     assert [(len(phase.slots), phase.repeats) for phase in phases(arch)] == [(5, 3), (5, 4)]
     assert [slot.layers for slot in slots(arch)][4:6] == [(4, 9, 14), (15, 20, 25, 30)]
