@@ -223,9 +223,9 @@ def test_gguf_metadata_of_another_kind(tmp_path: Path):
         ]
     ):
         path = write_gguf(tmp_path / f"{i}.gguf", **(TINY | change))
-        with pytest.raises(ValueError, match="Hugging Face directory|cannot read its header"):
+        with pytest.raises(ValueError, match=r"Hugging Face directory|cannot read its header"):
             tokenizer_from_gguf(path)
-        with pytest.raises(SourceError, match=r"has no usable tokenizer: .*Hugging Face directory"):
+        with pytest.raises(SourceError, match=r"Hugging Face directory|cannot read its header"):
             load_chat(str(path))
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import jax_refusal as jr
 from jax_refusal.checkpoints.loading import read_checkpoint
 from jax_refusal.checkpoints.sources import locate
 from jax_refusal.models.spec import Architecture
-from jax_refusal.plan.chips import CHIPS
+from jax_refusal.plan.chips import CHIPS, PlanError, slice_mesh
 from jax_refusal.plan.estimate import estimate, weights_of_a_token, weights_read
 from jax_refusal.plan.programs import Shapes, Sizes, programs
 from jax_refusal.runtime import decode
@@ -126,3 +127,9 @@ def test_every_process_makes_the_same_programs(checkpoint: Callable[..., Path]) 
         command = [sys.executable, "-c", SAME, path]
         found.add(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
     assert len(found) == 1 and next(iter(found)).count("\n") == 6
+
+
+@pytest.mark.skipif(find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_a_plan_without_the_compiler() -> None:
+    with pytest.raises(PlanError, match=r"compiler is not there.*jax_refusal\[tpu\]"):
+        slice_mesh("v5e:4x4", 1, 16)
