@@ -41,7 +41,9 @@ def read(source: Source) -> Read:
         raise SourceError(f"{source.name}: the model_type is {config['model_type']!r:.80}.")
     generation = _object(source.directory / "generation_config.json")
     _check_settings(source.directory)
-    tokenizer = _from_directory(source, config)
+    with _errors_of(source), quiet():
+        tokenizer = _from_directory(source, config)
+        _ = tokenizer.all_special_ids  # recurses where the unknown token is itself unknown
     text = config.get("text_config")  # of a multimodal model's config
     text = text if isinstance(text, dict) else {}
     rows = config.get("vocab_size", text.get("vocab_size"))
@@ -136,22 +138,21 @@ def _read_gguf(source: Source) -> Read:
 
 def _from_directory(source: Source, config: Mapping[str, Any]) -> Any:
     assert source.directory is not None
-    with _errors_of(source), quiet():
-        # Qwen-1's own tokenizer is a program that its checkpoints ship.
-        if (source.directory / qwen_tokenizer.FILE).is_file():
-            return qwen_tokenizer.tokenizer_from_tiktoken(source.directory)
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig, AutoTokenizer
+    # Qwen-1's own tokenizer is a program that its checkpoints ship.
+    if (source.directory / qwen_tokenizer.FILE).is_file():
+        return qwen_tokenizer.tokenizer_from_tiktoken(source.directory)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoTokenizer
 
-        given = {"trust_remote_code": False}
-        try:
-            return AutoTokenizer.from_pretrained(source.directory, **given)
-        except StrictDataclassError:
-            # A field of the config of another type, which is not the tokenizer's: what matters of
-            # the config is read, and judged, by this library.
-            plain = AutoConfig.for_model(config["model_type"])
-            plain.tokenizer_class = config.get("tokenizer_class")
-            return AutoTokenizer.from_pretrained(source.directory, config=plain, **given)
+    given = {"trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(source.directory, **given)
+    except StrictDataclassError:
+        # A field of the config of another type, which is not the tokenizer's: what matters of
+        # the config is read, and judged, by this library.
+        plain = AutoConfig.for_model(config["model_type"])
+        plain.tokenizer_class = config.get("tokenizer_class")
+        return AutoTokenizer.from_pretrained(source.directory, config=plain, **given)
 
 
 @contextlib.contextmanager

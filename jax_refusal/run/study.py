@@ -18,7 +18,7 @@ from jax_refusal.checkpoints.loading import load_model
 from jax_refusal.checkpoints.sources import Source, fingerprint, locate
 from jax_refusal.data.chat import Chat, load_chat
 from jax_refusal.data.prompts import Instructions, load_prompts
-from jax_refusal.edits import Edit, identity
+from jax_refusal.edits import Edit, identity, unit_vector
 from jax_refusal.evals.judge import Judge, Verdict
 from jax_refusal.evals.registry import find_judges
 from jax_refusal.fields import declared
@@ -179,7 +179,9 @@ class Study:
     @property
     def direction(self) -> np.ndarray:  # [D]
         with self.workdir.reading(DIRECTION):
-            return self.workdir.read_tensors(DIRECTION)["direction"]
+            found = self.workdir.read_tensors(DIRECTION)["direction"]
+            unit_vector(found)  # finite, and not zero
+            return found
 
     def selection(self) -> Selection:
         with self.workdir.reading(CANDIDATES):
