@@ -35,10 +35,13 @@ if importlib.util.find_spec("torch"):  # the core suite runs without it
     import torch
 
     torch.set_num_threads(1)
-# A shell's background jobs ignore Ctrl-C, and what they start inherits it: an interrupt is tested
-# wherever the suite is started.
+# A shell's background jobs ignore Ctrl-C, nohup's ignore SIGHUP, and what they start inherits it:
+# signals are tested wherever the suite is started.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:

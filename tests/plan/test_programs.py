@@ -35,10 +35,8 @@ SIZES = Sizes(
 )
 FAMILIES = {  # with fewer key/value heads than the model axis has devices
     "llama": {"num_attention_heads": 8, "num_key_value_heads": 2},
-    "qwen3_moe": {"num_attention_heads": 8, "num_key_value_heads": 2},
     "gemma4_text": {},
-    "qwen3_next": {},
-    "granitemoehybrid": SMALL,
+    "qwen3_next": {},  # experts too
 }
 
 
@@ -112,7 +110,7 @@ from jax_refusal.plan.programs import programs
 from tests.plan.test_programs import SIZES
 
 arch = read_checkpoint(locate(sys.argv[1]))[0]
-for program in programs(arch, jr.make_mesh(), jnp.float32, SIZES):
+for program in programs(arch, jr.make_mesh(), jnp.float32, SIZES)[::5]:
     print(program.name, hashlib.sha256(program.lower().as_text().encode()).hexdigest())
 """
 
@@ -126,7 +124,7 @@ def test_every_process_makes_the_same_programs(checkpoint: Callable[..., Path]) 
         environment = os.environ | {"PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", SAME, path]
         found.add(subprocess.run(command, env=environment, capture_output=True, text=True).stdout)
-    assert len(found) == 1 and next(iter(found)).count("\n") == 6
+    assert len(found) == 1 and next(iter(found)).count("\n") == 2
 
 
 @pytest.mark.skipif(find_spec("libtpu") is not None, reason="the TPU compiler is installed")

@@ -130,7 +130,7 @@ def test_of_many_one_has_it(folder: epath.Path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(most) == {1} and len(had) >= 200
+    assert set(most) == {1} and had
     assert not list(folder.iterdir())
 
 
