@@ -136,9 +136,8 @@ def test_heads_are_split_as_far_as_they_divide(heads: int, expected: int) -> Non
 def test_a_mesh_of_ones_own(source: str, single: Results) -> None:
     """With one axis for the model, as other programs make it."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
-    found = study(jr.load_model(source, mesh=mesh), jr.load_chat(source))
-    assert_close(found.means, single.means, INVARIANCE, "means")
-    assert found.replies == single.replies
+    found = jr.mean_activations(jr.load_model(source, mesh=mesh), jr.load_chat(source), HARMFUL)
+    assert_close(found, single.means, INVARIANCE, "means")
 
 
 @pytest.mark.parametrize(("data", "model"), [(4, 4), (9, 1), (0, 1), (1, 0), (-1, 16), (-2, 1)])
