@@ -14,6 +14,7 @@ A captured pattern makes attention compute it where a kernel would keep it to it
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,12 @@ def at_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), 1)
 
 
+def _kind(name: str) -> Any:
+    """A field that tells classes of one structure apart. jaxlib compares structures by their static
+    fields and not by the class: a jitted function would run, by chance, the program of another."""
+    return dataclasses.field(default=name, metadata={"static": True})
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
@@ -35,6 +42,7 @@ class Sum:
     counts in each group; a mean is the sum by the number of slots."""
 
     weights: jax.Array  # [B, P, N]
+    kind: str = _kind("sum")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jnp.where(self.weights.any(-1).reshape(*x.shape[:2], *[1] * (x.ndim - 2)), x, 0)
@@ -47,6 +55,7 @@ class Outer:
     """Sums of outer products by group, float32: [B, P, ..., D] -> [N, ..., D, D]."""
 
     weights: jax.Array  # [B, P, N]
+    kind: str = _kind("outer")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = jnp.where(self.weights.any(-1).reshape(*x.shape[:2], *[1] * (x.ndim - 2)), x, 0)
@@ -60,6 +69,7 @@ class Project:
     """Coordinates along directions, float32: [B, P, ..., D] -> [B, P, ..., M]."""
 
     directions: jax.Array  # [M, D]
+    kind: str = _kind("project")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("bp...d,md->bp...m", _wide(x), self.directions, precision="highest")

@@ -4,6 +4,7 @@ Letters: B batch row, T token, D residual width, L layers, P captured tokens of 
 heads, K head width, M directions.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import jax_refusal as jr
 from jax_refusal.edits import SITES
 from jax_refusal.models.cache import Tokens
 from jax_refusal.models.decoder import Transformer
+from jax_refusal.models.drivers import SCAN, Scan, Unrolled
 from jax_refusal.runtime.batching import Prompts
 from jax_refusal.runtime.captures import capture
 from jax_refusal.runtime.collect import mean_activations
@@ -216,3 +218,18 @@ def test_prompts_of_one_length_are_stacked(model: Transformer) -> None:
     prompts = Prompts([[5, 6, 7, 8], [5, 9, 7, 8]], prefix=1, positions=2)
     found = capture(model, prompts, nothing(model), ["resid_pre"], every_token=True)["resid_pre"]
     assert found.shape == (2, 3, model.arch.layers, model.arch.width)
+
+
+def test_reductions_are_told_apart() -> None:
+    """By jit too, which looks for a compiled program by the structure of its arguments."""
+    kinds = [jax.tree.structure(kind(1.0)) for kind in (Sum, Outer, Project)]
+    assert kinds[0] != kinds[1] != kinds[2] != kinds[0]
+    edits = [
+        jr.identity(2, 4),
+        jr.chain(jr.identity(2, 4), jr.identity(2, 4)),
+        jr.Transform(function=lambda params, site, layer, x: x, params=1.0),
+    ]
+    drivers = [SCAN, Scan((0, 1)), Unrolled(({"q": 1.0}, {"q": 1.0}))]
+    for values in (edits, drivers):
+        found = [jax.tree.structure(value) for value in values]
+        assert all(a != b for a, b in itertools.combinations(found, 2))
